@@ -1,0 +1,144 @@
+"""
+The settings: one dictionary, `settings.KMS_HASHER`, read live.
+
+`get()` validates it and returns a frozen `Conf`. Nothing is cached across a change of
+the setting, so Django's `override_settings` works everywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.conf import settings
+
+from kms_hasher.encoding import ARN, key_ref
+from kms_hasher.exceptions import ConfigurationError, MalformedHash
+
+#: What `AUDIT` may be; see `kms_hasher.audit.recorder`.
+AUDIT_MODES = ("durable", "inline", "off")
+
+
+@dataclass(frozen=True)
+class Conf:
+    """The validated settings. The names are those of `settings.KMS_HASHER`, in lower case."""
+
+    #: Alias name, alias ARN, key id or key ARN that new digests are sealed with.
+    key: str = ""
+    #: "aws", "local", or the dotted path of a class.
+    provider: str = "aws"
+    #: How digests are sealed; "direct" is KMS Encrypt and Decrypt.
+    mode: str = "direct"
+    #: Handed to the provider as keyword arguments.
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    #: Key ARNs, in accounts or Regions left behind, that may still open digests.
+    previous_keys: tuple[str, ...] = ()
+    #: Further "app.Model.field" columns that hold hashes, besides the user model's.
+    password_fields: tuple[str, ...] = ()
+    #: Databases whose password columns are counted and rotated; empty for all that have
+    #: the table. Leave read replicas out.
+    databases: tuple[str, ...] = ()
+    #: Bound into every seal, so that one site's blobs do not open on another's.
+    deployment: str = ""
+    #: How events are stored: "durable", "inline" (for tests) or "off" (log lines only).
+    audit: str = "durable"
+    #: Whether a call whose event cannot be stored fails.
+    audit_strict: bool = False
+    #: Whether sessions and reset links of the stock user model survive re-wrapping.
+    stable_sessions: bool = True
+
+    @property
+    def home(self) -> ARN | None:
+        """Where keys named by id alone are: the parts of `KEY`, if it is an ARN."""
+        return ARN.parse(self.key) if self.key.startswith("arn:") else None
+
+    @property
+    def alias(self) -> str:
+        """The alias that `KEY` names ("alias/..." or its ARN), or "" if it names a key."""
+        name = self.home.resource if self.home else self.key
+        return self.key if name.startswith("alias/") else ""
+
+    def key_for(self, key_id: str) -> str:
+        """
+        Return how KMS is to be asked for a key id read from a stored value.
+
+        Account and Region come from the settings alone: whoever can write a row can name
+        a key id, but never a key in an account of his own.
+        """
+        for arn in self.previous_keys:
+            if arn.endswith(f":key/{key_id}"):
+                return arn
+        return self.home.with_key(key_id) if self.home else key_id
+
+
+def get() -> Conf:
+    """Return the settings. Raises `ConfigurationError` that says what to change."""
+    raw = getattr(settings, "KMS_HASHER", {})
+    if not isinstance(raw, Mapping):
+        raise ConfigurationError("KMS_HASHER must be a dictionary.")
+    values: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name not in _TYPES:
+            raise ConfigurationError(f"KMS_HASHER has no setting {name!r}.{_suggestion(name)}")
+        if not isinstance(value, _TYPES[name]):
+            expected = " or ".join(kind.__name__ for kind in _TYPES[name])
+            raise ConfigurationError(f"KMS_HASHER[{name!r}] must be of type {expected}.")
+        values[name.lower()] = tuple(value) if isinstance(value, list) else value
+    conf = Conf(**values)
+    _validate(conf)
+    return conf
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "KEY": (str,),
+    "PROVIDER": (str,),
+    "MODE": (str,),
+    "OPTIONS": (Mapping,),
+    "PREVIOUS_KEYS": (list, tuple),
+    "PASSWORD_FIELDS": (list, tuple),
+    "DATABASES": (list, tuple),
+    "DEPLOYMENT": (str,),
+    "AUDIT": (str,),
+    "AUDIT_STRICT": (bool,),
+    "STABLE_SESSIONS": (bool,),
+}
+
+
+def _suggestion(name: object) -> str:
+    close = difflib.get_close_matches(str(name).upper(), _TYPES, n=1)
+    return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(_TYPES)}."
+
+
+def _validate(conf: Conf) -> None:
+    if not conf.key:
+        raise ConfigurationError(
+            "KMS_HASHER['KEY'] is missing: give the alias, key id or ARN of the KMS key "
+            'that seals passwords, such as "alias/django-passwords".'
+        )
+    if not conf.key.startswith("alias/"):
+        _check_key("KEY", conf.key)
+    for arn in conf.previous_keys:
+        if not str(arn).startswith("arn:") or ":key/" not in arn:
+            raise ConfigurationError(
+                f"KMS_HASHER['PREVIOUS_KEYS'] holds {arn!r}: give full key ARNs "
+                "(arn:aws:kms:REGION:ACCOUNT:key/ID); `manage.py kms_status` lists them."
+            )
+        _check_key("PREVIOUS_KEYS", arn)
+    if conf.audit not in AUDIT_MODES:
+        raise ConfigurationError(
+            f"KMS_HASHER['AUDIT'] is {conf.audit!r}: use one of {', '.join(AUDIT_MODES)}."
+        )
+
+
+def _check_key(setting: str, key: str) -> None:
+    try:
+        resource = ARN.parse(key).resource if key.startswith("arn:") else f"key/{key}"
+        if not resource.startswith("alias/"):
+            key_ref(resource.removeprefix("key/"))
+    except MalformedHash:
+        raise ConfigurationError(
+            f"KMS_HASHER[{setting!r}] holds {key!r}, which is neither an alias "
+            '("alias/name"), a key id nor an ARN of KMS.'
+        ) from None

@@ -1,0 +1,77 @@
+"""
+What the hashers tell the rest: one `kms_event` for each call to KMS.
+
+The audit listens to it, and so may a site. The event never holds a password, a digest, a
+salt or a user's name.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+from django.dispatch import Signal
+
+from kms_hasher import exceptions
+
+#: Sent with `event`, an `Event`, after each call to KMS and each refusal of a stored value.
+kms_event = Signal()
+
+SUCCESS = "success"
+INVALID = "invalid"  # a blob or a stored value that is not what it claims to be
+UNAVAILABLE = "unavailable"  # KMS could not answer
+UNUSABLE = "unusable"  # the key is disabled, pending deletion or gone
+DENIED = "denied"  # policies or credentials
+ERROR = "error"
+
+OUTCOMES = (SUCCESS, INVALID, UNAVAILABLE, UNUSABLE, DENIED, ERROR)
+
+_OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
+    (exceptions.KMSUnavailable, UNAVAILABLE),
+    (exceptions.InvalidCiphertext, INVALID),
+    (exceptions.MalformedHash, INVALID),
+    (exceptions.KeyUnusable, UNUSABLE),
+    (exceptions.KeyNotFound, UNUSABLE),
+    (exceptions.KMSAccessDenied, DENIED),
+    (exceptions.KMSCredentialsError, DENIED),
+    (exceptions.DryRunOperation, SUCCESS),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """
+    One call to KMS, or one stored value refused before KMS was asked (`Parse`).
+
+    `operation` and `error_code` are KMS's names. `requested_key` is what the call named,
+    which may be an alias; `key` the resolved ARN where KMS gave it. `latency` is in
+    seconds. `sub` is the digest of the stored value's header, see `encoding.Header`.
+    """
+
+    time: datetime.datetime
+    operation: str
+    purpose: str
+    outcome: str
+    error_code: str = ""
+    requested_key: str = ""
+    key: str = ""
+    latency: float = 0.0
+    request_ids: tuple[str, ...] = ()
+    sub: str = ""
+
+
+def outcome_of(error: Exception) -> str:
+    """Return the `Event.outcome` that stands for an error."""
+    return next((name for kind, name in _OUTCOMES if isinstance(error, kind)), ERROR)
+
+
+def emit(event: Event) -> None:
+    """
+    Send `event` to all receivers.
+
+    A receiver that fails is logged by Django and stops nothing, but for `AuditError`: the
+    site has asked that a call which cannot be recorded shall fail.
+    """
+    for _, response in kms_event.send_robust(sender=Event, event=event):
+        if isinstance(response, exceptions.AuditError):
+            raise response

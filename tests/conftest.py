@@ -1,0 +1,51 @@
+"""Fixtures that every test may use; see tests/settings.py for what they stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from kms_hasher import keyring
+from kms_hasher.providers.base import Provider
+from kms_hasher.signals import Event, kms_event
+
+
+@pytest.fixture(scope="session", autouse=True)
+def key_arn() -> str:
+    """The ARN of the key behind alias/tests in the local provider, made once."""
+    provider = keyring.provider()
+    arn = provider.create_key(description="tests").key_arn
+    provider.create_alias("alias/tests", arn)
+    return arn
+
+
+@pytest.fixture
+def kms(key_arn: str) -> Iterator[Provider]:
+    """The local provider, with the alias put back and the key enabled afterwards."""
+    provider = keyring.provider()
+    yield provider
+    if provider.describe_key(key_arn).state == "PendingDeletion":
+        provider.cancel_key_deletion(key_arn)
+    provider.enable_key(key_arn)
+    provider.update_alias("alias/tests", key_arn)
+
+
+@pytest.fixture
+def events() -> Iterator[list[Event]]:
+    """All events of KMS calls made in the test, in their order."""
+    seen: list[Event] = []
+
+    def listen(sender: Any, event: Event, **kwargs: Any) -> None:
+        seen.append(event)
+
+    kms_event.connect(listen)
+    yield seen
+    kms_event.disconnect(listen)
+
+
+@pytest.fixture
+def calls(events: list[Event]) -> Callable[[], list[str]]:
+    """The operations of the calls made so far, as in `assert calls() == ["Decrypt"]`."""
+    return lambda: [event.operation for event in events]

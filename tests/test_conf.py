@@ -1,0 +1,160 @@
+"""The settings: read live, and an error that says what to change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.test import override_settings
+
+from kms_hasher import conf, keyring, modes, providers
+from kms_hasher.exceptions import ConfigurationError, MalformedHash
+from kms_hasher.providers.local import LocalProvider
+
+KEY_ID = "1234abcd-12ab-34cd-56ef-1234567890ab"
+HOME = "arn:aws:kms:eu-west-1:111122223333"
+ELSEWHERE = "arn:aws:kms:us-east-1:444455556666"
+
+
+def get(**settings: Any) -> conf.Conf:
+    with override_settings(KMS_HASHER={"KEY": "alias/x", **settings}):
+        return conf.get()
+
+
+def test_defaults() -> None:
+    settings = get()
+    assert (settings.provider, settings.mode, settings.audit) == ("aws", "direct", "durable")
+    assert settings.stable_sessions is True
+    assert settings.audit_strict is False
+
+
+def test_read_live() -> None:
+    assert get(DEPLOYMENT="one").deployment == "one"
+    assert get(DEPLOYMENT="two").deployment == "two"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "alias/app/passwords",
+        KEY_ID,
+        "mrk-" + "0" * 32,
+        f"{HOME}:key/{KEY_ID}",
+        f"{HOME}:alias/passwords",
+    ],
+)
+def test_keys_that_kms_takes(key: str) -> None:
+    assert get(KEY=key).key == key
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"KEY": ""}, "KMS_HASHER['KEY'] is missing"),
+        ({"KEY": None}, "must be of type str"),
+        ({"KEY": "passwords"}, "neither an alias"),
+        ({"KEY": "arn:aws:s3:::x"}, "neither an alias"),
+        ({"KEY": f"{HOME}:key/x"}, "neither an alias"),
+        ({"KYE": "alias/x"}, "Did you mean 'KEY'?"),
+        ({"key": "alias/x"}, "Did you mean 'KEY'?"),
+        ({"ZZZZZZ": 1}, "Known: KEY, PROVIDER"),
+        ({7: 1}, "Known: KEY, PROVIDER"),
+        ({"OPTIONS": "region"}, "must be of type Mapping"),
+        ({"PREVIOUS_KEYS": "alias/x"}, "must be of type list or tuple"),
+        ({"PREVIOUS_KEYS": [KEY_ID]}, "give full key ARNs"),
+        ({"PREVIOUS_KEYS": [7]}, "give full key ARNs"),
+        ({"PREVIOUS_KEYS": [f"{HOME}:alias/x"]}, "give full key ARNs"),
+        ({"PREVIOUS_KEYS": [f"{HOME}:key/x"]}, "neither an alias"),
+        ({"AUDIT": "loud"}, "use one of durable, inline, off"),
+        ({"AUDIT_STRICT": 1}, "must be of type bool"),
+    ],
+)
+def test_settings_that_cannot_work(settings: dict[Any, Any], says: str) -> None:
+    with (
+        pytest.raises(ConfigurationError) as caught,
+        override_settings(KMS_HASHER={"KEY": "alias/x", **settings}),
+    ):
+        conf.get()
+    assert says in str(caught.value)
+    assert isinstance(caught.value, ImproperlyConfigured)
+
+
+@pytest.mark.parametrize("raw", [None, [], "alias/x"])
+def test_not_a_dictionary(raw: Any) -> None:
+    with (
+        override_settings(KMS_HASHER=raw),
+        pytest.raises(ConfigurationError, match="dictionary"),
+    ):
+        conf.get()
+
+
+class TestWhereAKeyIs:
+    """Account and Region come from the settings, never from a stored value."""
+
+    def test_by_id_alone_where_the_settings_name_no_account(self) -> None:
+        assert get(KEY="alias/x").key_for(KEY_ID) == KEY_ID
+        assert get(KEY=KEY_ID).key_for(KEY_ID) == KEY_ID
+
+    def test_beside_the_key_where_its_arn_is_given(self) -> None:
+        settings = get(KEY=f"{HOME}:alias/x")
+        assert settings.key_for(KEY_ID) == f"{HOME}:key/{KEY_ID}"
+
+    def test_in_a_place_left_behind_if_the_settings_say_so(self) -> None:
+        previous = f"{ELSEWHERE}:key/{KEY_ID}"
+        settings = get(KEY=f"{HOME}:alias/x", PREVIOUS_KEYS=[previous])
+        assert settings.key_for(KEY_ID) == previous
+        other = "mrk-" + "0" * 32
+        assert settings.key_for(other) == f"{HOME}:key/{other}"
+
+    @pytest.mark.parametrize(
+        ("key", "alias"),
+        [
+            ("alias/x", "alias/x"),
+            (f"{HOME}:alias/x", f"{HOME}:alias/x"),
+            (KEY_ID, ""),
+            (f"{HOME}:key/{KEY_ID}", ""),
+        ],
+    )
+    def test_the_alias(self, key: str, alias: str) -> None:
+        assert get(KEY=key).alias == alias
+
+
+class TestProviders:
+    def test_by_dotted_path(self, tmp_path: Any) -> None:
+        made = providers.create(
+            get(
+                PROVIDER="kms_hasher.providers.local.LocalProvider",
+                OPTIONS={"path": tmp_path / "k", "allow_without_debug": True},
+            )
+        )
+        assert isinstance(made, LocalProvider)
+
+    @pytest.mark.parametrize("name", ["vault", "kms_hasher.providers.local.Nothing", ""])
+    def test_unknown(self, name: str) -> None:
+        with pytest.raises(ConfigurationError, match="'aws', 'local' or the dotted path"):
+            providers.create(get(PROVIDER=name))
+
+    def test_options_it_does_not_take(self) -> None:
+        with pytest.raises(ConfigurationError, match="does not fit the provider 'local'"):
+            providers.create(get(PROVIDER="local", OPTIONS={"paht": "x"}))
+
+    def test_one_for_all_threads_until_the_settings_change(self, tmp_path: Any) -> None:
+        first = keyring.provider()
+        assert keyring.provider() is first
+        options = {"path": str(tmp_path / "k"), "allow_without_debug": True}
+        with override_settings(
+            KMS_HASHER={"KEY": "alias/x", "PROVIDER": "local", "OPTIONS": options}
+        ):
+            assert keyring.provider() is not first
+            assert keyring.provider() is keyring.provider()
+
+
+class TestModes:
+    def test_unknown_name(self) -> None:
+        with pytest.raises(ConfigurationError, match="use 'direct'"):
+            modes.by_name("drect")
+
+    def test_unknown_code(self) -> None:
+        with pytest.raises(MalformedHash):
+            modes.by_code("x9")
