@@ -11,18 +11,23 @@ import datetime
 from dataclasses import dataclass
 
 from django.dispatch import Signal
+from django.utils.translation import gettext_noop as _
 
 from kms_hasher import exceptions
 
 #: Sent with `event`, an `Event`, after each call to KMS and each refusal of a stored value.
 kms_event = Signal()
 
-SUCCESS = "success"
-INVALID = "invalid"  # a blob or a stored value that is not what it claims to be
-UNAVAILABLE = "unavailable"  # KMS could not answer
-UNUSABLE = "unusable"  # the key is disabled, pending deletion or gone
-DENIED = "denied"  # policies or credentials
-ERROR = "error"
+# What came of a call; marked for translation in the admin.
+SUCCESS = _("success")
+INVALID = _("invalid")  # a blob or a stored value that is not what it claims to be
+UNAVAILABLE = _("unavailable")  # KMS could not answer
+UNUSABLE = _("unusable")  # the key is disabled, pending deletion or gone
+DENIED = _("denied")  # policies or credentials
+ERROR = _("error")
+
+#: What calls are for.
+PURPOSES = (_("login"), _("set"), _("rotate"), _("wrap"), _("unwrap"), _("status"))
 
 OUTCOMES = (SUCCESS, INVALID, UNAVAILABLE, UNUSABLE, DENIED, ERROR)
 
@@ -72,6 +77,6 @@ def emit(event: Event) -> None:
     A receiver that fails is logged by Django and stops nothing, but for `AuditError`: the
     site has asked that a call which cannot be recorded shall fail.
     """
-    for _, response in kms_event.send_robust(sender=Event, event=event):
+    for _receiver, response in kms_event.send_robust(sender=Event, event=event):
         if isinstance(response, exceptions.AuditError):
             raise response

@@ -30,7 +30,7 @@ from kms_hasher.providers.base import SYMMETRIC_DEFAULT, Context
 RSA_BITS = {"RSA_2048": 2048, "RSA_3072": 3072, "RSA_4096": 4096}
 
 # magic, whether multi-Region, key id, key material id, nonce, padding
-_HEADER = struct.Struct(">8s?16s32s12s67x")
+_HEADER = struct.Struct(">8s?16s32s12s67s")
 _MAGIC = b"\x01localK\x01"
 _OAEP = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), label=None)
 
@@ -59,7 +59,9 @@ def seal(key: StoredKey, plaintext: bytes, context: Context) -> bytes:
         return _private_key(material.secret).public_key().encrypt(plaintext, _OAEP)
     nonce = os.urandom(12)
     multi_region, raw = key.id.startswith("mrk-"), uuid.UUID(key.id.removeprefix("mrk-")).bytes
-    header = _HEADER.pack(_MAGIC, multi_region, raw, bytes.fromhex(material.id), nonce)
+    header = _HEADER.pack(
+        _MAGIC, multi_region, raw, bytes.fromhex(material.id), nonce, os.urandom(67)
+    )
     return header + AESGCM(material.secret).encrypt(nonce, plaintext, header + _aad(context))
 
 
@@ -77,7 +79,7 @@ def open_sealed(key: StoredKey, blob: bytes, context: Context) -> tuple[bytes, s
     header, body = blob[: _HEADER.size], blob[_HEADER.size :]
     if len(body) < 16:
         raise InvalidCiphertext
-    *_, material_id, nonce = _HEADER.unpack(header)
+    *_, material_id, nonce, _ = _HEADER.unpack(header)
     for material in key.materials:
         if material.id == material_id.hex():
             try:

@@ -1,0 +1,147 @@
+"""
+The columns that hold passwords: the user model's and those in `PASSWORD_FIELDS`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from django.apps import apps
+from django.contrib.auth import get_user_model
+from django.core.exceptions import FieldDoesNotExist
+from django.db import connections, models, router
+from django.db.models import Count, QuerySet, Value
+from django.db.models.functions import StrIndex, Substr
+
+from kms_hasher import conf, encoding
+from kms_hasher.exceptions import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column in one database."""
+
+    model: type[models.Model]
+    field: models.Field[Any, Any]
+    database: str
+
+    def __str__(self) -> str:
+        name = f"{self.model._meta.label}.{self.field.name}"
+        return name if self.database == "default" else f"{name} ({self.database})"
+
+    @property
+    def rows(self) -> QuerySet[Any]:
+        """All rows, past any manager or default ordering of the site's own."""
+        return self.model._base_manager.using(self.database).order_by()
+
+    def swap(self, pk: Any, old: str, new: str) -> bool:
+        """
+        Put `new` in place of `old` and return True, unless the row holds something else.
+
+        A password changed in the meantime is never overwritten, and no signal, validator or
+        `auto_now` field takes notice.
+        """
+        name = self.field.attname
+        return bool(self.rows.filter(pk=pk, **{name: old}).update(**{name: new}))
+
+
+class Group(NamedTuple):
+    """
+    Stored passwords that are alike.
+
+    `algorithm` is the hasher's, "!" for unusable ones and "" for what names none; `mode` and
+    `key_ref` are "" where nothing is sealed.
+    """
+
+    algorithm: str
+    mode: str
+    key_ref: str
+
+
+def fields() -> list[models.Field[Any, Any]]:
+    """
+    Return the fields that hold passwords, the user model's first.
+
+    Raises `ConfigurationError` for an entry of `PASSWORD_FIELDS` that names no text field.
+    """
+    found: list[models.Field[Any, Any]] = [get_user_model()._meta.get_field("password")]
+    for label in conf.get().password_fields:
+        try:
+            model, _, name = str(label).rpartition(".")
+            field = apps.get_model(model)._meta.get_field(name)
+        except (LookupError, ValueError, FieldDoesNotExist) as error:
+            raise ConfigurationError(
+                f"KMS_HASHER['PASSWORD_FIELDS'] holds {label!r}: give "
+                f'"app_label.Model.field" ({error}).'
+            ) from None
+        if not isinstance(field, models.CharField | models.TextField):
+            raise ConfigurationError(
+                f"KMS_HASHER['PASSWORD_FIELDS'] holds {label!r}, which is not a text field."
+            )
+        if field not in found:
+            found.append(field)
+    return found
+
+
+def databases() -> list[str]:
+    """
+    Return the databases that the settings name, or all.
+
+    Raises `ConfigurationError` for one that Django does not know.
+    """
+    wanted = conf.get().databases or list(connections)
+    unknown = set(wanted) - set(connections)
+    if unknown:
+        raise ConfigurationError(
+            f"KMS_HASHER['DATABASES'] names {sorted(unknown)}, which DATABASES does not have."
+        )
+    return list(wanted)
+
+
+def columns(among: Collection[str] | None = None) -> list[Column]:
+    """
+    Return every column that holds passwords, in every database that has its table.
+
+    Databases where a router does not allow the model are left out, and all that are not in
+    `DATABASES` where that is set, or not `among` those given. Raises `ConfigurationError`.
+    """
+    found = []
+    for field in fields():
+        model = field.model
+        for database in databases():
+            if among is not None and database not in among:
+                continue
+            if not router.allow_migrate_model(database, model):
+                continue
+            if model._meta.db_table in connections[database].introspection.table_names():
+                found.append(Column(model, field, database))
+    return found
+
+
+def count(column: Column) -> Counter[Group]:
+    """Return how many rows there are of each kind, by three passes over the table."""
+    name = column.field.attname
+    sealed = models.Q(**{f"{name}__startswith": encoding.PREFIX})
+    unusable = models.Q(**{f"{name}__startswith": "!"})
+    counted: Counter[Group] = Counter()
+    for rows, separators in (
+        (column.rows.filter(sealed), 3),
+        (column.rows.exclude(sealed | unusable), 1),
+    ):
+        heads = rows.annotate(_head=_head(name, separators)).values_list("_head")
+        for head, number in heads.annotate(Count("pk")):
+            parts = [*str(head or "").split("$"), "", "", ""]
+            counted[Group(*parts[:3])] += number
+    counted[Group("!", "", "")] += column.rows.filter(unusable).count()
+    return +counted
+
+
+def _head(name: str, separators: int) -> Substr:
+    """Return the column up to its n-th "$", as an expression each database can group by."""
+    end: Any = Value(0)
+    for _ in range(separators):
+        end = end + StrIndex(Substr(name, end + 1), Value("$"))
+    return Substr(name, 1, end)

@@ -1,0 +1,126 @@
+"""Which columns hold passwords, and how many rows of each kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.contrib.auth.models import Group as AuthGroup
+from django.contrib.auth.models import User
+
+from kms_hasher import columns, encoding
+from kms_hasher.columns import Group
+from kms_hasher.encoding import Argon2Parameters, Header, SealedHash
+from kms_hasher.exceptions import ConfigurationError
+
+HEADER = Header("kms_argon2", Argon2Parameters(8, 1, 1), b"saltsaltsaltsaltsalt00")
+REF = encoding.key_ref("1234abcd-12ab-34cd-56ef-1234567890ab")
+MULTI_REGION = encoding.key_ref("mrk-1234abcd12ab34cd56ef1234567890ab")
+
+
+def configure(settings: Any, **changes: Any) -> None:
+    settings.KMS_HASHER = {**settings.KMS_HASHER, **changes}
+
+
+@pytest.mark.django_db
+def test_counts_by_hasher_mode_and_key() -> None:
+    stored = {
+        str(SealedHash(HEADER, "d1", REF, b"a" * 184)): 2,
+        str(SealedHash(HEADER, "d1", MULTI_REGION, b"b" * 184)): 1,
+        "argon2$argon2id$v=19$m=8,t=1,p=1$c2FsdHNhbHQ$aaaa": 3,
+        "pbkdf2_sha256$1$salt$one": 1,
+        "pbkdf2_sha256$1$salt$two": 1,
+        "!unusable": 1,
+        "": 1,
+        "kms_argon2$": 1,
+        "kms_other$x1$ref$and$more$fields": 1,
+    }
+    for number, (password, rows) in enumerate(stored.items()):
+        for row in range(rows):
+            User.objects.create(username=f"{number}.{row}", password=password)
+    (column,) = columns.columns()
+    assert columns.count(column) == {
+        Group("kms_argon2", "d1", REF): 2,
+        Group("kms_argon2", "d1", MULTI_REGION): 1,
+        Group("argon2", "", ""): 3,
+        Group("pbkdf2_sha256", "", ""): 2,
+        Group("!", "", ""): 1,
+        Group("", "", ""): 1,
+        Group("kms_argon2", "", ""): 1,
+        Group("kms_other", "x1", "ref"): 1,
+    }
+
+
+@pytest.mark.django_db
+def test_count_takes_a_fixed_number_of_queries(django_assert_num_queries: Any) -> None:
+    (column,) = columns.columns()
+    with django_assert_num_queries(3):
+        columns.count(column)
+
+
+@pytest.mark.django_db
+class TestSwap:
+    def test_only_what_was_read_is_replaced(self) -> None:
+        user = User.objects.create(username="anna", password="old")
+        (column,) = columns.columns()
+        assert column.swap(user.pk, "old", "new") is True
+        assert column.swap(user.pk, "old", "newer") is False
+        user.refresh_from_db()
+        assert user.password == "new"
+
+    def test_a_row_that_is_gone(self) -> None:
+        (column,) = columns.columns()
+        assert column.swap(0, "old", "new") is False
+
+
+class TestPasswordFields:
+    def test_the_user_model_comes_first_and_once(self, settings: Any) -> None:
+        configure(settings, PASSWORD_FIELDS=["auth.User.password", "auth.Group.name"])
+        assert columns.fields() == [
+            User._meta.get_field("password"),
+            AuthGroup._meta.get_field("name"),
+        ]
+
+    @pytest.mark.parametrize(
+        ("label", "says"),
+        [
+            ("password", 'give "app_label.Model.field"'),
+            ("auth.Nobody.password", 'give "app_label.Model.field"'),
+            ("auth.User.nothing", 'give "app_label.Model.field"'),
+            ("auth.User.is_active", "not a text field"),
+            (7, 'give "app_label.Model.field"'),
+        ],
+    )
+    def test_entries_that_name_none(self, label: Any, says: str, settings: Any) -> None:
+        configure(settings, PASSWORD_FIELDS=[label])
+        with pytest.raises(ConfigurationError, match=says):
+            columns.fields()
+
+
+@pytest.mark.django_db
+class TestDatabases:
+    def test_named(self, settings: Any) -> None:
+        configure(settings, DATABASES=["default"])
+        assert [str(column) for column in columns.columns()] == ["auth.User.password"]
+
+    def test_unknown(self, settings: Any) -> None:
+        configure(settings, DATABASES=["replica"])
+        with pytest.raises(ConfigurationError, match=r"\['replica'\]"):
+            columns.columns()
+
+    def test_among_others(self) -> None:
+        assert columns.columns(["default"]) == columns.columns()
+        assert columns.columns([]) == []
+
+    def test_a_router_may_forbid_one(self, settings: Any) -> None:
+        settings.DATABASE_ROUTERS = [Nowhere()]
+        assert columns.columns() == []
+
+    def test_the_name_tells_another_database(self) -> None:
+        field = User._meta.get_field("password")
+        assert str(columns.Column(User, field, "eu")) == "auth.User.password (eu)"
+
+
+class Nowhere:
+    def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool | None:
+        return False if app_label == "auth" else None
