@@ -1,0 +1,270 @@
+"""
+What a user model needs so that sealed passwords fit and re-wrapping logs nobody out.
+
+A custom user model takes `KMSUserMixin`. On the stock `auth.User` the same is done from
+outside: `widen` and our migration for the column, `adapt` for the methods.
+
+Django hangs sessions and password reset links on the whole password column. Here they hang
+on `encoding.stable_part` of it, which is drawn anew with every password and which sealing,
+re-wrapping and moving to another key leave alone.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from asgiref.sync import sync_to_async
+from django.apps import apps
+from django.conf import settings
+from django.contrib.auth.base_user import AbstractBaseUser
+from django.contrib.auth.hashers import acheck_password, check_password, make_password
+from django.contrib.auth.tokens import PasswordResetTokenGenerator
+from django.core.exceptions import FieldDoesNotExist
+from django.core.validators import MaxLengthValidator
+from django.db import connections, models, router
+from django.utils.crypto import salted_hmac
+from django.utils.translation import gettext_lazy as _
+from django.views.decorators.debug import sensitive_variables
+
+from kms_hasher import encoding
+from kms_hasher.columns import Column
+from kms_hasher.exceptions import KMSHasherError
+
+logger = logging.getLogger("kms_hasher")
+
+#: Keys the HMAC that sessions hold; another than Django's, so that the two never meet.
+SESSION_KEY_SALT = "kms_hasher.users.KMSUserMixin.get_session_auth_hash"
+
+_django_make_hash_value = PasswordResetTokenGenerator._make_hash_value
+
+
+class KMSUserMixin(models.Model):
+    """
+    The password field and the session hashes of a user model with sealed passwords.
+
+    It stands first: `class User(KMSUserMixin, AbstractUser)`, or before
+    `AbstractBaseUser`. The field is that of `AbstractBaseUser`, but wide enough; the
+    project's own `makemigrations` widens the column.
+    """
+
+    password = models.CharField(_("password"), max_length=encoding.MAX_LENGTH)
+    # Keeps its place among the columns of the table and the fields of forms.
+    password.creation_counter = AbstractBaseUser._meta.get_field("password").creation_counter
+
+    class Meta:
+        abstract = True
+
+    @sensitive_variables("raw_password")
+    def check_password(self, raw_password: str | None) -> bool:
+        """
+        Return whether the password is right, and bring its hash up to date if it is.
+
+        As Django's, but an upgrade that cannot be sealed fails no login, and one that comes
+        late overwrites no password that was changed meanwhile. Raises `KMSError` if the
+        hash is sealed and KMS cannot tell.
+        """
+        return check_password(raw_password, self.password, functools.partial(_upgrade, self))
+
+    @sensitive_variables("raw_password")
+    async def acheck_password(self, raw_password: str | None) -> bool:
+        """See `check_password`."""
+
+        @sensitive_variables("raw_password")
+        async def upgrade(raw_password: str) -> None:
+            await sync_to_async(_upgrade)(self, raw_password)
+
+        return await acheck_password(raw_password, self.password, upgrade)
+
+    def _get_session_auth_hash(self, secret: str | bytes | None = None) -> str:
+        return salted_hmac(
+            SESSION_KEY_SALT,
+            encoding.stable_part(self.password),
+            secret=secret,
+            algorithm="sha256",
+        ).hexdigest()
+
+    def get_session_auth_fallback_hash(self) -> Iterator[str]:
+        """
+        Yield the hashes of older sessions, which Django accepts and upgrades.
+
+        First under each of `SECRET_KEY_FALLBACKS`, then as Django itself makes them: the
+        sessions that were opened before this app was installed.
+        """
+        for fallback in settings.SECRET_KEY_FALLBACKS:
+            yield self._get_session_auth_hash(secret=fallback)
+        for secret in (None, *settings.SECRET_KEY_FALLBACKS):
+            yield _django_session_hash(self, secret=secret)
+
+
+# A model without a Meta of its own takes that of its first base which has one: that shall
+# be AbstractUser's, with its names, as it is without the mixin.
+del KMSUserMixin.Meta
+
+_django_session_hash: Callable[..., str] = AbstractBaseUser._get_session_auth_hash  # type: ignore[attr-defined]
+
+
+@sensitive_variables("raw_password")
+def _upgrade(user: Any, raw_password: str) -> None:
+    """Hash the password that has just been found right anew, unless KMS or time forbids."""
+    old = user.password
+    try:
+        new = make_password(raw_password)
+    except KMSHasherError as error:
+        logger.error("The hash of a password could not be brought up to date: %s", error)
+        return
+    if user.pk is not None:
+        model = type(user)
+        database = router.db_for_write(model, instance=user)
+        field = user._meta.get_field("password")
+        if not Column(model, field, database).swap(user.pk, old, new):
+            return
+    user.password = new
+
+
+def _make_hash_value(
+    self: PasswordResetTokenGenerator, user: AbstractBaseUser, timestamp: int
+) -> str:
+    """Django's method of this name, with the stable part in the place of the password."""
+    login_timestamp = (
+        "" if user.last_login is None else user.last_login.replace(microsecond=0, tzinfo=None)
+    )
+    email = getattr(user, user.get_email_field_name(), "") or ""
+    stable = encoding.stable_part(user.password)
+    return f"{user.pk}{stable}{login_timestamp}{timestamp}{email}"
+
+
+# --- the stock user model -----------------------------------------------------------
+
+
+def is_stock() -> bool:
+    """Return whether Django's own user model is the site's."""
+    return settings.AUTH_USER_MODEL == "auth.User"
+
+
+def widen(model: type[models.Model]) -> None:
+    """Let the password field of a model take any sealed value, if it is too short for that."""
+    field: Any = model._meta.get_field("password")
+    if field.max_length is not None and field.max_length < encoding.MAX_LENGTH:
+        field.max_length = encoding.MAX_LENGTH
+        # A new list: the old one is shared with the abstract model's field.
+        field.validators = [
+            MaxLengthValidator(encoding.MAX_LENGTH) if type(old) is MaxLengthValidator else old
+            for old in field.validators
+        ]
+
+
+def sessions_are_kept() -> bool:
+    """
+    Return the setting STABLE_SESSIONS.
+
+    It is read by itself: a mistake in another setting must end no session.
+    """
+    raw = getattr(settings, "KMS_HASHER", {})
+    return not isinstance(raw, Mapping) or raw.get("STABLE_SESSIONS") is not False
+
+
+def adapt() -> None:
+    """
+    Give the stock user the methods of `KMSUserMixin`, and reset links their like.
+
+    Reset links are adapted for every user model, unless a site has a token generator with
+    a `_make_hash_value` of its own. Without STABLE_SESSIONS, only `check_password` is.
+    """
+    stock = is_stock() and apps.is_installed("django.contrib.auth")
+    user: Any = apps.get_model("auth.User") if stock else None
+    if stock:
+        user.check_password = KMSUserMixin.check_password
+        user.acheck_password = KMSUserMixin.acheck_password
+    if not sessions_are_kept():
+        return
+    if stock:
+        user._get_session_auth_hash = KMSUserMixin._get_session_auth_hash
+        user.get_session_auth_fallback_hash = KMSUserMixin.get_session_auth_fallback_hash
+    generator: Any = PasswordResetTokenGenerator
+    generator._make_hash_value = _make_hash_value
+
+
+def changed_in_django() -> list[str]:
+    """
+    Return the names of those methods of Django that do not do what is replaced here.
+
+    They are run, not read: what counts is that each still gives the same value, from the
+    same arguments, as in the Django releases this module was written for.
+    """
+    base: Any = AbstractBaseUser
+    user: Any = SimpleNamespace(
+        pk=7,
+        password="argon2$...",  # noqa: S106  # nobody's
+        email="user@example.org",
+        last_login=datetime.datetime(2001, 2, 3, 4, 5, 6, 7, tzinfo=datetime.timezone.utc),
+        get_email_field_name=lambda: "email",
+        _get_session_auth_hash=lambda secret=None: ("hash", secret),
+    )
+    hashed: list[Any] = []
+
+    class Generator(PasswordResetTokenGenerator):
+        def _make_hash_value(self, user: Any, timestamp: int) -> str:
+            hashed.append(user)
+            return ""
+
+    expected: dict[str, Callable[[], bool]] = {
+        "AbstractBaseUser.get_session_auth_hash": lambda: (
+            base.get_session_auth_hash(user) == ("hash", None)
+        ),
+        "AbstractBaseUser._get_session_auth_hash": lambda: all(
+            base._get_session_auth_hash(user, secret=secret)
+            == salted_hmac(
+                "django.contrib.auth.models.AbstractBaseUser.get_session_auth_hash",
+                user.password,
+                secret=secret,
+                algorithm="sha256",
+            ).hexdigest()
+            for secret in (None, "secret")
+        ),
+        "AbstractBaseUser.get_session_auth_fallback_hash": lambda: (
+            list(base.get_session_auth_fallback_hash(user))
+            == [("hash", secret) for secret in settings.SECRET_KEY_FALLBACKS]
+        ),
+        "PasswordResetTokenGenerator._make_hash_value": lambda: (
+            _django_make_hash_value(Generator(), user, 5)
+            == "7argon2$...2001-02-03 04:05:065user@example.org"
+        ),
+        "PasswordResetTokenGenerator.make_token": lambda: (
+            bool(Generator().make_token(user)) and hashed == [user]
+        ),
+    }
+    return [name for name, holds in expected.items() if not _without_error(holds)]
+
+
+def _without_error(holds: Callable[[], bool]) -> bool:
+    try:
+        return holds()
+    except Exception:  # noqa: BLE001  # whatever a changed method raises, it has changed
+        return False
+
+
+# --- the real column ----------------------------------------------------------------
+
+
+def column_width(column: Column) -> int | None:
+    """
+    Return how many characters the database has declared the column to hold.
+
+    None stands for no limit, or one far beyond any hash, as of text types. SQLite does not
+    enforce the number. Raises `FieldDoesNotExist` if the table has no such column (yet),
+    and `DatabaseError` if there is no table.
+    """
+    connection = connections[column.database]
+    with connection.cursor() as cursor:
+        for info in connection.introspection.get_table_description(
+            cursor, column.model._meta.db_table
+        ):
+            if info.name == column.field.column:
+                width = info.display_size
+                return width if width and 0 < width < 2**16 - 1 else None
+    raise FieldDoesNotExist(f"{column} has no column in the database")
