@@ -1,6 +1,6 @@
 """
 What happens while Django starts: the stock user's password field is widened, the system
-checks are registered, sessions are made to survive re-wrapping.
+checks are registered, sessions are made to survive re-wrapping, the audit is connected.
 
 Nothing here asks the database or KMS, and settings that cannot work stop nothing: the
 system checks report them.
@@ -39,6 +39,8 @@ class KMSHasherConfig(AppConfig):
 
     def ready(self) -> None:
         from kms_hasher import checks, users
+        from kms_hasher.audit import recorder
 
         checks.register()
         users.adapt()
+        recorder.connect()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kms_hasher import keyring
+from kms_hasher.audit import recorder
 from kms_hasher.providers.base import Provider
 from kms_hasher.signals import Event, kms_event
 
@@ -30,6 +31,13 @@ def kms(key_arn: str) -> Iterator[Provider]:
         provider.cancel_key_deletion(key_arn)
     provider.enable_key(key_arn)
     provider.update_alias("alias/tests", key_arn)
+
+
+@pytest.fixture(autouse=True)
+def quiet_audit() -> Iterator[None]:
+    """Events that a test without a database leaves behind do not turn up in the next."""
+    yield
+    recorder.close()
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""
+How long the admin's pages take at a million events, and how many queries.
+
+    DATABASE_URL=postgres://... python -m benchmarks.admin_pages [events]
+
+Makes a test database of its own (SQLite in a temporary file without DATABASE_URL), fills it
+by SQL and removes it. Prints for each page the best of three requests in milliseconds, the
+part of it that the queries took, and the number of queries.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.settings")
+
+import django
+
+django.setup()
+
+from django.contrib.auth import get_user_model
+from django.db import connection
+from django.test import Client, override_settings
+from django.test.runner import DiscoverRunner
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+
+from kms_hasher import encoding, history
+from kms_hasher.models import AuditEvent
+
+DAYS = 30
+ARN = "arn:aws:kms:eu-central-1:111122223333:key/00000000-0000-4000-8000-00000000000"
+TIME = {
+    "postgresql": "now() - ({n} - i) * interval '{step} second'",
+    "mysql": "utc_timestamp(6) - interval ({n} - i) * {step} second",
+    "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', 'now', (({n} - i) * -{step}) || ' seconds')",
+}
+
+
+def fill(n: int) -> list[str]:
+    """Make three keys and `n` events of `DAYS` days; one in a million is a denied CreateKey."""
+    keys = [history.record_key(f"{ARN}{last}", timezone.now()) for last in range(3)]
+    refs = [encoding.key_ref(key.arn) for key in keys]
+    at = TIME[connection.vendor].format(n=n, step=DAYS * 86400 / n)
+    text = "char" if connection.vendor == "mysql" else "varchar"
+    md5 = f"md5(cast(i as {text}))"
+    parts = [(1, 8), (9, 4), (13, 4), (17, 4), (21, 12)]
+    pieces = [f"substr({md5}, {start}, {size})" for start, size in parts]
+    uuid = (
+        f"concat_ws('-', {', '.join(pieces)})"
+        if connection.vendor != "sqlite"
+        else " || '-' || ".join(pieces)
+    )
+    sql = f"""
+        insert into {AuditEvent._meta.db_table}
+        (time, operation, purpose, outcome, error_code, key_ref, requested_key, latency_us,
+         request_ids, sub)
+        with recursive numbers (i) as
+            (select 1 union all select i + 1 from numbers where i < {n})
+        select {at},
+            case when i = 1000 then 'CreateKey' when i % 10 = 0 then 'Encrypt'
+                else 'Decrypt' end,
+            case when i = 1000 then 'status' when i % 10 = 0 then 'set' else 'login' end,
+            case when i = 1000 then 'denied' when i % 200 = 0 then 'unavailable'
+                when i % 100 = 7 then 'invalid' else 'success' end,
+            '', case when i % 50 = 0 then '{refs[1]}' else '{refs[2]}' end, 'alias/tests',
+            9000 + i % 7000, {uuid}, {md5}
+        from numbers
+    """
+    with connection.cursor() as cursor:
+        if connection.vendor == "mysql":
+            cursor.execute(f"set max_recursive_iterations = {n + 1}")
+        cursor.execute(sql)
+        cursor.execute("analyze table kms_hasher_auditevent" if text == "char" else "analyze")
+    return refs
+
+
+def main(n: int) -> None:
+    refs = fill(n)
+    user = get_user_model().objects.create(
+        username="admin", is_staff=True, is_superuser=True, password="!"
+    )
+    client = Client()
+    client.force_login(user)
+    events, now = "/admin/kms_hasher/auditevent/", timezone.localtime()
+    some = AuditEvent.objects.order_by("pk").last()
+    day = f"time__year={now.year}&time__month={now.month}&time__day={now.day}"
+    unknown = "00000000-0000-4000-8000-000000000000"
+    busiest = history.Key.objects.get(ref=refs[2]).pk
+    pages = {
+        "events": events,
+        "events, last page": f"{events}?p=100",
+        "events, outcome success": f"{events}?outcome=success",
+        "events, outcome denied (1)": f"{events}?outcome=denied",
+        "events, operation Decrypt": f"{events}?operation=Decrypt",
+        "events, operation CreateKey (1)": f"{events}?operation=CreateKey",
+        "events, operation CancelKeyDeletion (0)": f"{events}?operation=CancelKeyDeletion",
+        "events, purpose status (1)": f"{events}?purpose=status",
+        "events, key busiest": f"{events}?key_ref={refs[2]}",
+        "events, key without any": f"{events}?key_ref={refs[0]}",
+        "events, key and outcome": f"{events}?key_ref={refs[2]}&outcome=unavailable",
+        "events, success of CreateKey (0)": f"{events}?outcome=success&operation=CreateKey",
+        "events, month": f"{events}?time__year={now.year}&time__month={now.month}",
+        "events, day": f"{events}?{day}",
+        "events, search sub": f"{events}?q={some.sub}",
+        "events, search start of sub": f"{events}?q={some.sub[:8]}",
+        "events, search request id": f"{events}?q={some.request_ids}",
+        "events, search unknown request id": f"{events}?q={unknown}",
+        "events, unknown request id, day": f"{events}?{day}&q={unknown}",
+        "event": f"{events}{some.pk}/change/",
+        "keys": "/admin/kms_hasher/key/",
+        "key": f"/admin/kms_hasher/key/{busiest}/change/",
+        "rotations": "/admin/kms_hasher/rotation/",
+    }
+    print(f"{n:,} events on {connection.vendor}")
+    for name, url in pages.items():
+        best, queries = 1e9, []
+        for _ in range(3):
+            with CaptureQueriesContext(
+                connection,
+            ) as captured:
+                start = time.perf_counter()
+                response = client.get(url)
+                taken = (time.perf_counter() - start) * 1000
+            assert response.status_code == 200, (url, response.status_code)
+            if taken < best:
+                best, queries = taken, captured.captured_queries
+        spent = sum(float(query["time"]) for query in queries) * 1000
+        print(f"{name:42} {best:7.0f} ms  queries {spent:6.0f} ms  {len(queries):3}")
+        if os.environ.get("SLOW") and spent > float(os.environ["SLOW"]):
+            for query in queries:
+                if float(query["time"]) > 0.02:
+                    print("   ", query["time"], query["sql"][:600])
+
+
+if __name__ == "__main__":
+    runner = DiscoverRunner(verbosity=0, interactive=False)
+    with tempfile.TemporaryDirectory() as directory:
+        if connection.vendor == "sqlite":  # its test databases are in memory otherwise
+            connection.settings_dict["TEST"]["NAME"] = f"{directory}/events.sqlite3"
+        databases = runner.setup_databases()
+        try:
+            with override_settings(ALLOWED_HOSTS=["testserver"]):
+                main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+        finally:
+            runner.teardown_databases(databases)

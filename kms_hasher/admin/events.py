@@ -1,0 +1,301 @@
+"""
+The events of the audit.
+
+No page counts, sorts or searches all of them, however many there are: each of its queries
+is answered from the end of an index.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlencode
+
+from django.contrib import admin, messages
+from django.contrib.admin.views.main import ChangeList
+from django.core.paginator import Paginator
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from django.urls import reverse
+from django.utils import formats, timezone
+from django.utils.functional import cached_property
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext
+from django.utils.translation import gettext_lazy as _
+
+from kms_hasher import encoding, signals
+from kms_hasher.admin.base import ON_PAGE, ReadOnlyAdmin, number, short, time
+from kms_hasher.exceptions import MalformedHash
+from kms_hasher.models import AuditEvent, Key
+from kms_hasher.providers.base import OPERATIONS
+
+if TYPE_CHECKING:
+    Events = QuerySet[AuditEvent]
+    BasePaginator = Paginator[AuditEvent]
+else:
+    BasePaginator = Paginator
+
+#: How many events can be paged through. To see older ones, a day is chosen.
+MAX_LISTED = 10_000
+
+#: How many events are searched for a request id, the newest first, if no day is chosen.
+MAX_SEARCHED = 100_000
+
+_SUB = re.compile(r"[0-9a-f]{6,32}\Z")
+_REQUEST_ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}\Z")
+
+
+def events_url(**filters: str) -> str:
+    """Return the address of the list of events with these filters."""
+    return f"{reverse('admin:kms_hasher_auditevent_changelist')}?{urlencode(filters)}"
+
+
+class _Choice(admin.SimpleListFilter):
+    """Filters by equality; the choices are known, so that no DISTINCT has to find them."""
+
+    parameter_name: str
+
+    def queryset(self, request: HttpRequest, queryset: Events) -> Events:
+        value = self.value()
+        return queryset.filter(**{self.parameter_name: value}) if value else queryset
+
+
+class OutcomeFilter(_Choice):
+    title, parameter_name = _("outcome"), "outcome"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(name, gettext(name)) for name in signals.OUTCOMES]
+
+
+class OperationFilter(_Choice):
+    title, parameter_name = _("operation"), "operation"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(name, name) for name in (*OPERATIONS.values(), "Parse")]
+
+
+class PurposeFilter(_Choice):
+    title, parameter_name = _("purpose"), "purpose"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(name, gettext(name)) for name in signals.PURPOSES]
+
+
+class KeyFilter(_Choice):
+    title, parameter_name = _("key"), "key_ref"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(key.ref, str(key)) for key in Key.objects.all()[:ON_PAGE]]
+
+
+class BoundedPaginator(BasePaginator):
+    """Pages through the first `MAX_LISTED` rows and never counts the others."""
+
+    @cached_property
+    def count(self) -> int:
+        rows = cast("Events", self.object_list)
+        return int(rows.order_by()[:MAX_LISTED].count())
+
+
+class EventList(ChangeList):
+    """The list of events, with links to dates that take no scan to find."""
+
+    def get_results(self, request: HttpRequest) -> None:
+        super().get_results(request)
+        ends = AuditEvent.objects.order_by("time", "pk").values_list("time", "pk")
+        self.first, self.last = ends.first(), ends.last()
+
+    @property
+    def note(self) -> str:
+        """What to say where there are more events than the pages show."""
+        if self.result_count < MAX_LISTED or not (self.first and self.last):
+            return ""
+        # Rows are only added at the end, and removed at the beginning.
+        return gettext(
+            "These are the newest %(listed)s of the events asked for; all in all there are "
+            "about %(all)s. Choose a date or a filter to see others."
+        ) % {"listed": number(MAX_LISTED), "all": number(self.last[1] - self.first[1] + 1)}
+
+    @property
+    def dates(self) -> dict[str, Any]:
+        """What Django's date_hierarchy.html needs: the days of a month, or the months."""
+        year, month, day = (self.params.get(f"time__{part}") for part in _PARTS)
+        days = self._days()
+        if year and month and day:
+            date = datetime.date(int(year), int(month), int(day))
+            back = {"link": self._link(year=year, month=month), "title": _month(date)}
+            return {"back": back, "choices": [{"title": _day(date)}]}
+        if year and month:
+            days = [date for date in days if (date.year, date.month) == (int(year), int(month))]
+        months = sorted({(date.year, date.month): date for date in days}.items())
+        if len(days) <= 31:
+            choices = [
+                {"link": self._link(year=d.year, month=d.month, day=d.day), "title": _day(d)}
+                for d in days
+            ]
+        else:
+            choices = [
+                {"link": self._link(year=d.year, month=d.month), "title": _month(d)}
+                for _year_and_month, d in months
+            ]
+        back = {"link": self._link(), "title": gettext("All dates")}
+        return {"back": back if year else None, "choices": choices}
+
+    def _days(self) -> list[datetime.date]:
+        """Return all days from the first event to the last, whether or not they hold any."""
+        if not (self.first and self.last):
+            return []
+        first, last = (
+            (timezone.localtime(at) if timezone.is_aware(at) else at).date()
+            for at in (self.first[0], self.last[0])
+        )
+        number_of_days = (last - first).days + 1
+        return [first + datetime.timedelta(days=number) for number in range(number_of_days)]
+
+    def _link(self, **parts: Any) -> str:
+        filters = {f"time__{name}": value for name, value in parts.items()}
+        return str(self.get_query_string(filters, ["time__"]))
+
+
+_PARTS = ("year", "month", "day")
+
+
+def _day(date: datetime.date) -> str:
+    return str(formats.date_format(date, "MONTH_DAY_FORMAT"))
+
+
+def _month(date: datetime.date) -> str:
+    return str(formats.date_format(date, "YEAR_MONTH_FORMAT"))
+
+
+@admin.register(AuditEvent)
+class AuditEventAdmin(ReadOnlyAdmin):
+    list_display = (
+        "when",
+        "operation",
+        "purpose",
+        "outcome_shown",
+        "error",
+        "key",
+        "stored_password",
+        "latency",
+    )
+    list_filter = (OutcomeFilter, OperationFilter, PurposeFilter, KeyFilter)
+    list_max_show_all = 0
+    paginator = BoundedPaginator
+    show_facets = admin.ShowFacets.NEVER  # a count over all events for every choice
+    show_full_result_count = False
+    sortable_by = ()
+    date_hierarchy = "time"
+    search_fields = ("sub",)
+    search_help_text = _(
+        "A stored password (the encryption context's sub, or how it begins), or a request id."
+    )
+    fields = (
+        "when",
+        "operation",
+        "purpose",
+        "outcome_shown",
+        "error_code",
+        "whole_key",
+        "requested_key",
+        "latency",
+        "request_ids",
+        "whole_stored_password",
+    )
+    readonly_fields = fields
+
+    def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        return EventList
+
+    def get_search_results(
+        self, request: HttpRequest, queryset: Events, search_term: str
+    ) -> tuple[Events, bool]:
+        term = search_term.strip().lower()
+        if not term:
+            return queryset, False
+        if _SUB.match(term):
+            # A range, because LIKE uses an index in few collations.
+            return queryset.filter(sub__gte=term, sub__lte=term.ljust(32, "f")), False
+        if not _REQUEST_ID.match(term):
+            return queryset.none(), False
+        if "time__year" not in request.GET:
+            pks = AuditEvent.objects.order_by("-pk").values_list("pk", flat=True)
+            newest = pks.first() or 0
+            queryset = queryset.filter(pk__gt=newest - MAX_SEARCHED)
+            if newest > MAX_SEARCHED:
+                text = gettext(
+                    "Only the newest %(number)s events were searched. Choose a date."
+                )
+                values = {"number": number(MAX_SEARCHED)}
+                self.message_user(request, text % values, messages.WARNING)
+        return queryset.filter(request_ids__contains=term), False
+
+    @admin.display(description=_("time"))
+    def when(self, event: AuditEvent) -> str:
+        return time(event.time)
+
+    @admin.display(description=_("outcome"))
+    def outcome_shown(self, event: AuditEvent) -> SafeString:
+        return outcome(event.outcome)
+
+    @admin.display(description=_("error code"))
+    def error(self, event: AuditEvent) -> SafeString:
+        name = event.error_code.removesuffix("Exception")
+        return format_html('<span title="{}">{}</span>', event.error_code, name)
+
+    @admin.display(description=_("key"))
+    def key(self, event: AuditEvent) -> SafeString | str:
+        if not event.key_ref:
+            return ""
+        return _link(short(_key_id(event)), key_ref=event.key_ref)
+
+    @admin.display(description=_("key"))
+    def whole_key(self, event: AuditEvent) -> SafeString | str:
+        if not event.key_ref:
+            return ""
+        return _link(_key_id(event), key_ref=event.key_ref)
+
+    @admin.display(description=_("stored password"))
+    def stored_password(self, event: AuditEvent) -> SafeString | str:
+        return _link(short(event.sub), q=event.sub) if event.sub else ""
+
+    @admin.display(description=_("stored password"))
+    def whole_stored_password(self, event: AuditEvent) -> SafeString | str:
+        return _link(event.sub, q=event.sub) if event.sub else ""
+
+    @admin.display(description=_("latency"))
+    def latency(self, event: AuditEvent) -> str:
+        return latency(event)
+
+
+def outcome(name: str) -> SafeString:
+    """Return the outcome's name and its colour in the charts."""
+    return format_html(
+        '<span class="kms-outcome kms-{}"><svg viewBox="0 0 10 10" aria-hidden="true">'
+        '<rect width="10" height="10"/></svg>{}</span>',
+        name,
+        gettext(name),
+    )
+
+
+def latency(event: AuditEvent) -> str:
+    """Return the latency in milliseconds."""
+    return gettext("%(number)s ms") % {
+        "number": formats.number_format(
+            round(event.latency_us / 1000, 1), 1, force_grouping=True
+        )
+    }
+
+
+def _key_id(event: AuditEvent) -> str:
+    try:
+        return encoding.key_id(event.key_ref)
+    except MalformedHash:
+        return event.key_ref
+
+
+def _link(text: str, **filters: str) -> SafeString:
+    return format_html('<a href="{}">{}</a>', events_url(**filters), text)

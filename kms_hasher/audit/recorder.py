@@ -1,0 +1,272 @@
+"""
+One log line and one row for each `kms_event`, and the key history that follows from them.
+
+Where a row is written depends on `AUDIT` and on the database (see `writer.place`):
+
+durable  On PostgreSQL, MySQL and the like by one background thread per process, on a
+         connection of its own: a request that rolls back takes no event with it. The caller
+         waits until the row is committed. On SQLite, where a second connection would fight
+         with the request's own for the one write lock, on the current connection if it is
+         between transactions, and otherwise as soon as one ends.
+inline   On the current connection, within its transaction: for tests. What other threads
+         and event loops report waits until a thread with a connection has an event.
+off      Nowhere: log lines only, and no key history.
+
+An event that cannot be written is logged as an error with all it holds, and the call goes
+on, unless `AUDIT_STRICT` is set. An event that waits for the end of a transaction counts as
+written: only the death of the process loses it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import json
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from django.core.signals import request_finished
+from django.db import connections, router, transaction
+
+from kms_hasher import conf, encoding, history, signals
+from kms_hasher.audit import writer
+from kms_hasher.exceptions import AuditError, MalformedHash
+from kms_hasher.models import AuditEvent, Key
+from kms_hasher.signals import Event
+
+#: How many events may wait for a transaction to end.
+MAX_PENDING = 10_000
+
+logger = logging.getLogger("kms_hasher")
+lines = logging.getLogger("kms_hasher.audit")
+
+
+def connect() -> None:
+    """Begin to record. Called once, when Django is ready; harmless if called again."""
+    signals.kms_event.connect(receive, dispatch_uid="kms_hasher.audit")
+    request_finished.connect(_flush_if_any, dispatch_uid="kms_hasher.audit")
+
+
+def receive(event: Event, **kwargs: Any) -> None:
+    """Record one event. Raises `AuditError` if it cannot be and `AUDIT_STRICT` is set."""
+    fields = _fields(event)
+    level = logging.INFO if event.outcome == signals.SUCCESS else logging.WARNING
+    with contextlib.suppress(Exception):  # a broken log handler stops no login
+        lines.log(level, "%s", _json(fields), extra={"kms": fields})
+    settings = conf.get()
+    if settings.audit == "off":
+        return
+    place = ""
+    try:
+        place = writer.place(settings.audit, AuditEvent)
+        if place == writer.THREAD:
+            writer.submit_and_wait(_write_events, event)
+        elif place == writer.HERE:
+            writer.write_here(AuditEvent, _write_events, [event])
+        else:
+            _defer(event)
+    except Exception as error:  # noqa: BLE001  # a broken audit stops no login
+        problem = _complain([event], error)
+        if settings.audit_strict:
+            raise AuditError(problem) from None  # the context may hold a plaintext
+    _note(event, settings.audit)
+    if _pending and place == writer.HERE:
+        flush()
+
+
+def flush() -> None:
+    """Write the events that wait for a transaction to end, if this thread can do so now."""
+    mode = conf.get().audit
+    if not _pending or writer.place(mode, AuditEvent) != writer.HERE:
+        return
+    events = _take_pending()
+    try:
+        writer.write_here(AuditEvent, _write_events, events)
+    except Exception as error:  # noqa: BLE001
+        _complain(events, error)
+    for event in events:
+        _note(event, mode)
+
+
+def close() -> None:
+    """Write what waits, end the writer threads, close their connections: begin anew."""
+    _flush_if_any()
+    writer.close_all()
+    _noted.clear()
+    _complain(_take_pending(), "its transaction did not end")
+
+
+def _flush_if_any(**kwargs: Any) -> None:
+    if _pending:
+        with contextlib.suppress(Exception):  # what is not written goes on waiting
+            flush()
+
+
+# --- what is written ----------------------------------------------------------------
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    fields = {
+        "time": event.time.isoformat(),
+        "operation": event.operation,
+        "purpose": event.purpose,
+        "outcome": event.outcome,
+        "error_code": event.error_code,
+        "key": event.key,
+        "requested_key": event.requested_key,
+        "latency_us": _latency_us(event),
+        "request_ids": list(event.request_ids),
+        "sub": event.sub,
+    }
+    return {name: value for name, value in fields.items() if value not in ("", [])}
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, separators=(",", ":"))
+
+
+def _latency_us(event: Event) -> int:
+    return max(0, round(event.latency * 1_000_000))
+
+
+def _row(event: Event) -> AuditEvent:
+    try:
+        ref = encoding.key_ref(event.key)
+    except MalformedHash:
+        ref = ""  # an alias, or nothing
+    return AuditEvent(
+        time=event.time,
+        operation=event.operation[:32],
+        purpose=event.purpose[:16],
+        outcome=event.outcome,
+        error_code=event.error_code[:64],
+        key_ref=ref,
+        requested_key=event.requested_key[:320],
+        latency_us=_latency_us(event),
+        request_ids=" ".join(event.request_ids),
+        sub=event.sub,
+    )
+
+
+def _write_events(events: Sequence[Event]) -> None:
+    database = router.db_for_write(AuditEvent)
+    if len(events) == 1:  # one round trip, where a transaction takes three
+        _row(events[0]).save(using=database, force_insert=True)
+    else:
+        rows = AuditEvent.objects.using(database)
+        rows.bulk_create([_row(event) for event in events], batch_size=writer.MAX_BATCH)
+
+
+def _complain(events: Sequence[Event], error: BaseException | str) -> str:
+    """Log events that did not get into the database, so that they are not lost."""
+    problem = f"An audit event could not be written to the database ({_reason(error)})"
+    for event in events:
+        with contextlib.suppress(Exception):
+            logger.error("%s: %s", problem, _json(_fields(event)))
+    return problem
+
+
+def _reason(error: BaseException | str) -> str:
+    # Never a traceback: the error's context may be one out of KMS, whose frames hold the
+    # plaintext, and Django's error reports show the variables of every frame.
+    return error if isinstance(error, str) else f"{type(error).__name__}: {error}".strip()
+
+
+# --- until a transaction ends -------------------------------------------------------
+
+_lock = threading.Lock()
+_pending: list[Event] = []
+
+
+def _take_pending() -> list[Event]:
+    with _lock:
+        events = _pending[:]
+        _pending.clear()
+    return events
+
+
+def _defer(event: Event) -> None:
+    """Keep the event until a transaction ends, however it ends."""
+    with _lock:
+        if len(_pending) >= MAX_PENDING:
+            raise OverflowError(f"{MAX_PENDING} others wait for a transaction to end")
+        _pending.append(event)
+    database = router.db_for_write(AuditEvent)
+    if connections[database].in_atomic_block:
+        # After a rollback, the next event, the end of the request or the exit does it.
+        transaction.on_commit(flush, using=database, robust=True)
+
+
+# --- the key history ----------------------------------------------------------------
+
+#: By key ARN and by alias: the ARN last noted and when, so that mostly no query is needed.
+_noted: dict[str, tuple[str, datetime.datetime]] = {}
+
+
+def _note(event: Event, mode: str) -> None:
+    """Bring the key history up to date, if the event holds news for this process."""
+    name = _alias(event) or event.key
+    if event.outcome != signals.SUCCESS or not _is_key_arn(event.key):
+        return
+    arn, at = _noted.get(name, ("", event.time))
+    if arn == event.key and abs(event.time - at) < history.LAST_SEEN_EVERY:
+        return
+    try:
+        place = writer.place(mode, Key)
+        if place == writer.LATER:
+            return
+        if mode != "inline":  # what is written inline may be rolled back
+            _noted[name] = (event.key, event.time)
+        if place == writer.THREAD:
+            # Nobody waits for it: the caller's transaction may have locked these rows.
+            writer.submit(_write_history, event).add_done_callback(
+                lambda done: _forget(event, problem) if (problem := done.exception()) else None
+            )
+        else:
+            writer.write_here(Key, _write_history, [event])
+    except Exception as error:  # noqa: BLE001
+        _forget(event, error)
+
+
+def _write_history(events: Sequence[Event]) -> None:
+    for event in events:
+        key = history.record_key(event.key, event.time)
+        if alias := _alias(event):
+            history.record_alias(alias, key, event.time)
+            period = history.current_period(alias)
+            if period is None or period.key_id != key.pk:
+                _noted.pop(alias, None)  # taken for a late answer; it may yet prove true
+
+
+def _forget(event: Event, error: BaseException) -> None:
+    _noted.pop(_alias(event) or event.key, None)
+    with contextlib.suppress(Exception):
+        logger.error("The key history could not be written (%s)", _reason(error))
+
+
+def _alias(event: Event) -> str:
+    """Return the alias that the event shows the target of, or ""."""
+    name = event.requested_key
+    shows = event.operation in ("Encrypt", "DescribeKey")
+    return name if shows and (name.startswith("alias/") or ":alias/" in name) else ""
+
+
+def _is_key_arn(key: str) -> bool:
+    try:
+        return encoding.ARN.parse(key).resource.startswith("key/")
+    except MalformedHash:
+        return False
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _pending.clear()  # the parent's to write
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+atexit.register(close)
