@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.serializers.json import DjangoJSONEncoder
+
+from kms_hasher.exceptions import KMSHasherError
+from kms_hasher.rotation import status
+from kms_hasher.rotation.status import Status
+
+WRONG = "Something is wrong; problems found: {number}."
+
+
+class Command(BaseCommand):
+    help = (
+        "Show the key, what may be done with it, the columns, and which key how many "
+        "passwords need. Exit status: 0 all is well, 1 something is wrong."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument(
+            "--no-permissions",
+            action="store_false",
+            dest="permissions",
+            help="Do not try what may be done with the key: four calls to KMS less.",
+        )
+        parser.add_argument(
+            "--json", action="store_true", help="Write one JSON object instead of text."
+        )
+
+    def handle(self, **options: Any) -> None:
+        try:
+            found = status.look(permissions=options["permissions"])
+        except KMSHasherError as error:
+            if options["json"]:
+                self.stdout.write(json.dumps({"ok": False, "problems": [str(error)]}, indent=2))
+            raise CommandError(str(error)) from None
+        if options["json"]:
+            self.stdout.write(json.dumps(as_json(found), indent=2, cls=DjangoJSONEncoder))
+        else:
+            self._show(found)
+        if found.problems:
+            raise CommandError(WRONG.format(number=len(found.problems)))
+
+    def _show(self, found: Status) -> None:
+        write = self.stdout.write
+        write(f"KEY {found.key}, provider {found.provider}, mode {found.mode}")
+        if key := found.described:
+            write(f"  key       {key.key_arn}")
+            write(f"  state     {key.state}, {key.spec}, {key.usage}")
+            if key.key_material_id:
+                write(f"  material  {key.key_material_id}")
+        for operation, answer in found.permissions.items():
+            write(f"  {operation:<9} {answer}")
+        for arn, since, until in found.moves:
+            end = f"until {until:%Y-%m-%d %H:%M}" if until else "until now"
+            write(f"  alias     {arn} since {since:%Y-%m-%d %H:%M} {end}")
+        for column in found.columns:
+            width = f"{column.width} characters" if column.width else "any length"
+            write(f"{column.name} ({width})")
+            for group, number in sorted(column.rows.items()):
+                name = {"!": "unusable", "": "(no hasher)"}.get(
+                    group.algorithm, group.algorithm
+                )
+                where = f" {group.mode} {group.key_ref}" if group.mode else ""
+                write(f"  {number:>12,}  {name}{where}")
+        for needed in found.keys:
+            write(f"key {needed.arn or needed.ref}: {needed.state}, {needed.rows:,} passwords")
+        if last := found.last:
+            write(
+                f"last run: {last}, {last.get_state_display()}, {last.rewritten:,} rewritten, "
+                f"{last.failed:,} bad"
+            )
+        for note in found.notes:
+            write(f"Note: {note}")
+        for problem in found.problems:
+            write(self.style.ERROR(f"Problem: {problem}"))
+
+
+def as_json(found: Status) -> dict[str, Any]:
+    """Return the status as what `--json` writes."""
+    key, last = found.described, found.last
+    return {
+        "ok": not found.problems,
+        "problems": found.problems,
+        "notes": found.notes,
+        "key": found.key,
+        "provider": found.provider,
+        "mode": found.mode,
+        "alias": found.alias,
+        "key_arn": key.key_arn if key else None,
+        "key_state": key.state if key else None,
+        "key_spec": key.spec if key else None,
+        "key_material_id": key.key_material_id if key else None,
+        "permissions": found.permissions,
+        "alias_history": [
+            {"key_arn": arn, "since": since, "until": until}
+            for arn, since, until in found.moves
+        ],
+        "columns": [
+            {
+                "name": column.name,
+                "width": column.width,
+                "rows": [
+                    {**group._asdict(), "number": number}
+                    for group, number in sorted(column.rows.items())
+                ],
+            }
+            for column in found.columns
+        ],
+        "keys": [vars(needed) for needed in found.keys],
+        "last_run": last
+        and {
+            "kind": last.kind,
+            "state": last.state,
+            "started_at": last.started_at,
+            "finished_at": last.finished_at,
+            "started_by": last.started_by,
+            "rewritten": last.rewritten,
+            "overtaken": last.overtaken,
+            "failed": last.failed,
+            "error": last.error,
+        },
+    }

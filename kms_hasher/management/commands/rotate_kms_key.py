@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from django.core.management.base import CommandParser
+
+from kms_hasher import encoding
+from kms_hasher.exceptions import MalformedHash, RotationRefused
+from kms_hasher.management.commands._walk import (
+    NOT_CONFIRMED,
+    WalkCommand,
+    duration,
+    options_of,
+)
+from kms_hasher.models import Rotation
+from kms_hasher.rotation import keys, plan, rotate
+from kms_hasher.rotation.engine import Options
+from kms_hasher.rotation.plan import Plan
+from kms_hasher.rotation.rotate import Rotated
+
+EPILOG = """\
+Examples:
+  %(prog)s --dry-run           what would be done
+  %(prog)s --new-key           a new key behind the alias, everything re-wrapped
+  %(prog)s --to alias/next     the same with a key that exists
+  %(prog)s                     re-wrap what is under another key than the alias's
+  %(prog)s --disable-old       the same, and disable the key the alias has left
+
+No password is needed, no digest leaves KMS, no session ends. It can be stopped at any
+instant and run again. Exit status: 0 done, 1 refused or failed, 3 done but for bad rows.
+"""
+
+DELETION = (
+    "In {days} days KMS deletes the keys below for ever. Backups made before this run need "
+    "them: from then on no password in such a backup can be checked.\n{arns}\n"
+    "Schedule their deletion once no stored password needs them? [y/N] "
+)
+
+
+class Command(WalkCommand):
+    help = (
+        "Bring all stored passwords under the KMS key that KEY leads to, or under a new one, "
+        "by ReEncrypt and without any password."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        super().add_arguments(parser)
+        parser.epilog = EPILOG
+        target = parser.add_mutually_exclusive_group()
+        target.add_argument(
+            "--new-key",
+            action="store_true",
+            help="Make a key like the present one and move the alias to it first. Makes key "
+            "and alias if there is no alias yet.",
+        )
+        target.add_argument(
+            "--to",
+            default="",
+            metavar="KEY",
+            help="Move the alias to this key first: a key id, an ARN or another alias.",
+        )
+        target.add_argument(
+            "--new-material",
+            action="store_true",
+            help="Rotate the key's material on demand and re-wrap under the same ARN.",
+        )
+        parser.add_argument(
+            "--settle",
+            type=_seconds,
+            default=Options.settle,
+            metavar="SECONDS",
+            help="How long to wait for a moved alias to spread, before the last sweep "
+            "(default: %(default)s).",
+        )
+        old = parser.add_mutually_exclusive_group()
+        old.add_argument(
+            "--disable-old",
+            action="store_true",
+            help="Afterwards disable the keys left behind; refused while any row needs one.",
+        )
+        old.add_argument(
+            "--schedule-deletion",
+            type=_days,
+            metavar="DAYS",
+            help="Afterwards schedule their deletion in 7 to 30 days; refused while any row "
+            "needs one.",
+        )
+        parser.add_argument(
+            "--noinput",
+            "--no-input",
+            action="store_false",
+            dest="interactive",
+            help="Ask nothing.",
+        )
+
+    def work(self, **options: Any) -> None:
+        planned = plan.make(
+            new_key=options["new_key"],
+            to=options["to"],
+            new_material=options["new_material"],
+        )
+        days = options["schedule_deletion"]
+        self._describe(planned)
+        if options["dry_run"]:
+            self._tell_what_would_be_done(planned, options["disable_old"], days)
+            return
+        if days and options["interactive"]:
+            self._confirm(planned, days)
+        rotated = self.walk(rotate.rotate(planned, options_of(options)))
+        self._summarise(rotated)
+        if options["disable_old"] or days:
+            self._give_up(planned, rotated, days)
+
+    def _describe(self, planned: Plan) -> None:
+        target = planned.target.key_arn if planned.target else None
+        self.result.update(
+            kind=str(planned.kind),
+            alias=planned.alias,
+            key=target,
+            present_key=planned.present.key_arn if planned.present else None,
+            previous_key=planned.previous or None,
+            moves_alias=planned.moves_alias,
+            resumes=planned.resumes,
+            rows=_rows(planned),
+        )
+        name = planned.alias or "KEY"
+        present = planned.present.key_arn if planned.present else "nothing yet"
+        self.tell(f"{name} points to {present}.")
+        if planned.resumes:
+            self.tell(
+                f"An earlier run had not come to its end; this one goes on with {target}."
+            )
+
+    def _tell_what_would_be_done(
+        self, planned: Plan, disable_old: bool, days: int | None
+    ) -> None:
+        would = []
+        target = planned.target.key_arn if planned.target else "the new key"
+        if not planned.target:
+            like = f" like {planned.present.key_arn}" if planned.present else ""
+            would.append(f"create a key{like}")
+        if planned.kind == Rotation.Kind.NEW_MATERIAL and not planned.resumes:
+            would.append(f"rotate the key material of {target}")
+        if planned.moves_alias:
+            verb = "move" if planned.present else "create"
+            would.append(f"{verb} {planned.alias}, to point to {target}")
+        for place, by_key in _rows(planned).items():
+            for key, number in by_key.items():
+                would.append(f"re-wrap {number:,} passwords in {place} from {key} to {target}")
+        would.append(f"make {planned.total:,} calls of ReEncrypt")
+        if disable_old or days:
+            verb = f"schedule the deletion, in {days} days, of" if days else "disable"
+            would += [f"{verb} {key}, if then no row needs it" for key in _old(planned)]
+        self.result.update(calls=planned.total, would=would)
+        for each in would:
+            self.tell(f"Would {each}.")
+
+    def _confirm(self, planned: Plan, days: int) -> None:
+        arns = "\n".join(_old(planned)) or "(none is known yet)"
+        if self.ask(DELETION.format(days=days, arns=arns)).strip().lower() not in ("y", "yes"):
+            raise RotationRefused(NOT_CONFIRMED)
+
+    def _summarise(self, rotated: Rotated) -> None:
+        done = self.result
+        done["key"] = rotated.target.key_arn
+        self.tell(
+            f"Re-wrapped {done['rewritten']:,} passwords under {rotated.target.key_arn} in "
+            f"{duration(done['seconds'])}: {done['calls']:,} calls of ReEncrypt, "
+            f"{done['overtaken']:,} overtaken, {done['failed']:,} bad."
+        )
+
+    def _give_up(self, planned: Plan, rotated: Rotated, days: int | None) -> None:
+        given_up = keys.give_up(rotated.left, rotated.target, alias=planned.alias, days=days)
+        self.result["given_up"] = [
+            {"key": key.arn, "state": key.state, "changed": key.changed} for key in given_up
+        ]
+        for key in given_up:
+            verb = "is now" if key.changed else "was already"
+            self.tell(f"{key.arn} {verb} {key.state}.")
+        if not given_up:
+            self.tell("There is no key left behind.")
+
+
+def _rows(planned: Plan) -> dict[str, dict[str, int]]:
+    """Return the rows to be re-wrapped, by column and key id."""
+    return {
+        str(column): {_key_id(ref): number for ref, number in rows.items()}
+        for column, rows in planned.rows_by_column().items()
+    }
+
+
+def _old(planned: Plan) -> list[str]:
+    """Return the ids of the keys that will be left behind."""
+    target = encoding.key_ref(planned.target.key_id) if planned.target else ""
+    refs = (planned.old_refs() | set(planned.rows_by_ref())) - {target}
+    return sorted(_key_id(ref) for ref in refs)
+
+
+def _key_id(ref: str) -> str:
+    try:
+        return encoding.key_id(ref)
+    except MalformedHash:
+        return "(not readable)"
+
+
+def _days(text: str) -> int:
+    if not 7 <= (days := int(text)) <= 30:
+        raise argparse.ArgumentTypeError("must be 7 to 30 days")
+    return days
+
+
+def _seconds(text: str) -> float:
+    if not 0 <= (seconds := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError("must be 0 or more seconds")
+    return seconds

@@ -1,0 +1,238 @@
+"""
+What a run does to a row: re-wrap it, renew it, seal it, or take the seal off.
+
+The calls run in threads that must not use the database; everything else here runs in the
+thread that walks the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from django.contrib.auth.hashers import get_hasher, get_hashers
+from django.db.models import QuerySet
+from django.views.decorators.debug import sensitive_variables
+
+from kms_hasher import conf, encoding, keyring, modes
+from kms_hasher.encoding import Header, SealedHash
+from kms_hasher.exceptions import (
+    InvalidCiphertext,
+    InvalidRequest,
+    KeyNotFound,
+    KeyUnusable,
+    KMSAccessDenied,
+    KMSBadResponse,
+    KMSError,
+    KMSHasherError,
+    KMSUnavailable,
+    MalformedHash,
+    RotationRefused,
+)
+from kms_hasher.models import Key
+from kms_hasher.providers import base
+from kms_hasher.rotation.workers import Task
+
+ALIAS_MOVED = (
+    "{alias} was moved to {arn} while this run was under way. All passwords are as good as "
+    "they were; run it again to bring them under that key."
+)
+OLD_MATERIAL = "The key still seals with its former material."
+NOT_32_BYTES = (
+    "its digest has {size} bytes, not {wanted}; it is sealed when its user next logs in"
+)
+TOO_COSTLY = (
+    "its Argon2 costs are beyond the limits of the hasher; it is sealed when its user next "
+    "logs in, or raise the limits in a subclass"
+)
+NOT_STOCK = "{error}; it is sealed when its user next logs in, if it matches at all"
+
+#: Errors that come of one stored value, whatever the keys.
+_ROW_ERRORS = (InvalidCiphertext, InvalidRequest, MalformedHash)
+#: Errors that come of the state of a key.
+_KEY_ERRORS = (KeyUnusable, KeyNotFound)
+
+_ANY_KEY = "00000000-0000-0000-0000-000000000000"
+
+
+class Rewrap:
+    """Bring all sealed rows under `target`. The digests stay in KMS."""
+
+    until_clean = True
+
+    def __init__(
+        self, target: base.Key, *, alias: str = "", left: frozenset[str] = frozenset()
+    ) -> None:
+        self.target, self.ref = target, encoding.key_ref(target.key_id)
+        #: Refs of the keys that rows were brought away from.
+        self.sources: set[str] = set()
+        self._alias, self._left = alias, left
+        # What KMS said of keys that open nothing (any more), so that it is asked once.
+        self._unusable: dict[str, KMSError] = {}
+
+    def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+        found = _sealed(rows, name)
+        for algorithm in sealing_algorithms():
+            for mode in modes.MODES.values():
+                done = encoding.prefix_of(algorithm, mode.code, self.ref)
+                found = found.exclude(**{f"{name}__startswith": done})
+        return found
+
+    def task(self, value: str) -> Task | None:
+        stored = encoding.parse(value)
+        modes.by_code(stored.mode)
+        if stored.key_ref == self.ref:
+            return None
+        return functools.partial(self._rewrap, stored)
+
+    def _rewrap(self, stored: SealedHash) -> str | None:
+        if error := self._unusable.get(stored.key_ref):
+            raise error
+        new, _ = self._checked(stored)
+        self.sources.add(stored.key_ref)
+        return str(new)
+
+    def _checked(self, stored: SealedHash) -> tuple[SealedHash, base.ReEncrypted]:
+        new, answer = keyring.rewrap(stored, self.target.key_arn)
+        if new.key_ref != self.ref:
+            raise KMSBadResponse("the answer names another key", operation="ReEncrypt")
+        return new, answer
+
+    def blames_row(self, value: str, error: KMSHasherError) -> bool:
+        if isinstance(error, _ROW_ERRORS):
+            return True
+        source = encoding.parse(value).key_ref
+        if source in self._unusable:
+            return True
+        if isinstance(error, _KEY_ERRORS):
+            # KMS does not say which of the two keys it means.
+            blamed = source != self.ref and _is_enabled(self.target.key_arn)
+        elif isinstance(error, KMSAccessDenied):
+            # A key that this site has never used is no reason to stop: a forged row may
+            # name any. For one that it has used, somebody must look at the policies.
+            blamed = not Key.objects.filter(ref=source).exists()
+        else:
+            return False
+        if blamed and isinstance(error, KMSError):
+            self._unusable[source] = error
+        return blamed
+
+    def check(self) -> None:
+        """Stop if somebody else has moved the alias: two runs must not undo each other."""
+        if self._alias:
+            now = keyring.kms("rotate").describe_key(self._alias).key_arn
+            if now != self.target.key_arn and now not in self._left:
+                raise RotationRefused(ALIAS_MOVED.format(alias=self._alias, arn=now))
+
+
+class Renew(Rewrap):
+    """Bring all sealed rows under the current key material of `target`, by one pass."""
+
+    until_clean = False
+
+    def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+        return _sealed(rows, name)
+
+    def task(self, value: str) -> Task:
+        stored = encoding.parse(value)
+        modes.by_code(stored.mode)
+        return functools.partial(self._rewrap, stored)
+
+    def _rewrap(self, stored: SealedHash) -> str | None:
+        if stored.key_ref != self.ref:
+            return super()._rewrap(stored)
+        new, answer = self._checked(stored)
+        material, wanted = answer.key_material_id, self.target.key_material_id
+        if material and wanted and material != wanted:
+            raise KMSUnavailable(OLD_MATERIAL, operation="ReEncrypt", key=answer.key_arn)
+        if material and material == answer.source_key_material_id:
+            return None
+        return str(new)
+
+
+class Wrap:
+    """Seal the hashes of Django's Argon2 hasher with the key that the settings name."""
+
+    until_clean = True
+
+    def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+        found: QuerySet[Any] = rows.filter(**{f"{name}__startswith": "argon2$"})
+        return found
+
+    @sensitive_variables()
+    def task(self, value: str) -> Task:
+        try:
+            header, digest = encoding.parse_stock(value)
+        except MalformedHash as error:
+            raise MalformedHash(NOT_STOCK.format(error=error)) from None
+        if len(digest) != keyring.DIGEST_SIZE:
+            raise MalformedHash(
+                NOT_32_BYTES.format(size=len(digest), wanted=keyring.DIGEST_SIZE)
+            )
+        if not _readable(header):
+            raise MalformedHash(TOO_COSTLY)
+        return functools.partial(self._seal, header, digest)
+
+    @sensitive_variables()
+    def _seal(self, header: Header, digest: bytes) -> str:
+        return str(keyring.seal(header, digest, purpose="wrap"))
+
+    def blames_row(self, value: str, error: KMSHasherError) -> bool:
+        return False
+
+    def check(self) -> None:
+        pass
+
+
+class Unwrap:
+    """Take the seal off, so that Django's own hasher can read the hashes."""
+
+    until_clean = True
+
+    def __init__(self) -> None:
+        self._unusable: dict[str, KMSHasherError] = {}
+
+    def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+        return _sealed(rows, name)
+
+    def task(self, value: str) -> Task:
+        stored = encoding.parse(value)
+        modes.by_code(stored.mode)
+        return functools.partial(self._open, stored)
+
+    @sensitive_variables()
+    def _open(self, stored: SealedHash) -> str:
+        if error := self._unusable.get(stored.key_ref):
+            raise error
+        return encoding.format_stock(stored.header, keyring.open(stored, purpose="unwrap"))
+
+    def blames_row(self, value: str, error: KMSHasherError) -> bool:
+        if isinstance(error, _KEY_ERRORS):
+            self._unusable[encoding.parse(value).key_ref] = error
+            return True
+        return isinstance(error, _ROW_ERRORS)
+
+    def check(self) -> None:
+        pass
+
+
+def sealing_algorithms() -> list[str]:
+    """Return the algorithms of the hashers in `PASSWORD_HASHERS` that seal."""
+    names = (str(hasher.algorithm) for hasher in get_hashers())
+    return [name for name in names if name.startswith(encoding.PREFIX)]
+
+
+def _sealed(rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+    found: QuerySet[Any] = rows.filter(**{f"{name}__startswith": encoding.PREFIX})
+    return found
+
+
+def _is_enabled(key: str) -> bool:
+    return keyring.kms("rotate").describe_key(key).state == "Enabled"
+
+
+def _readable(header: Header) -> bool:
+    """Return whether the hasher would read a sealed hash with this header."""
+    mode = modes.by_name(conf.get().mode).code
+    sample = SealedHash(header, mode, encoding.key_ref(_ANY_KEY), b"sealed")
+    return "mode" in get_hasher(header.algorithm).decode(str(sample))

@@ -1,0 +1,180 @@
+"""
+What a rotation does to keys: makes one like the present, moves the alias, renews the
+material, and gives up keys that not a single row needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from django.db.models import Q
+from django.utils import timezone
+
+from kms_hasher import columns, conf, encoding, history, keyring
+from kms_hasher.encoding import ARN
+from kms_hasher.exceptions import AlreadyExists, KeyNotFound, RotationRefused
+from kms_hasher.models import Key
+from kms_hasher.providers import base
+
+#: Described on a key that is made where there was none.
+DESCRIPTION = "Seals the password hashes of a Django site (kms_hasher)"
+
+#: Seconds to wait until KMS names the new key material, and between two looks.
+MATERIAL_WAIT = 300.0
+MATERIAL_LOOK = 1.0
+
+ALIAS_EXISTS = (
+    "{alias} was made by somebody else in this moment; the key {arn}, made for it here, is "
+    "not used. Run it again without --new-key."
+)
+MATERIAL_LATE = (
+    "The key has been rotated, but after {seconds:.0f} seconds KMS still names its former "
+    "material, and nothing was re-wrapped. Run it again later; the key is rotated once more "
+    "then."
+)
+STILL_NEEDED = "{arn} is still needed by {places}; nothing was done to it."
+STILL_ALIAS = "{alias} still answers with {arn}: KMS spreads moves late. Try again in minutes."
+FOREIGN = (
+    "{arn} is outside the account and Region of KEY and not in PREVIOUS_KEYS; nothing was "
+    "done to it."
+)
+
+
+def make_like(present: base.Key | None) -> base.Key:
+    """
+    Make a key like the present one: spec, usage, description, policy, tags, and the period
+    of its automatic rotation. With None, make one as KMS does by default.
+
+    Everything is read before anything is made. Raises `KMSError`.
+    """
+    kms = keyring.kms("rotate")
+    if present is None:
+        return kms.create_key(description=DESCRIPTION)
+    arn = present.key_arn
+    policy = kms.get_key_policy(arn).policy
+    tags = kms.list_resource_tags(arn).tags
+    period = None
+    if present.spec == base.SYMMETRIC_DEFAULT:  # KMS rotates no others
+        period = kms.get_key_rotation_status(arn).period_days
+    key = kms.create_key(
+        spec=present.spec,
+        usage=present.usage,
+        multi_region=present.multi_region,
+        description=present.description,
+        policy=policy,
+        # Tags of AWS's own cannot be given by anybody else.
+        tags={name: text for name, text in tags.items() if not name.startswith("aws:")},
+    )
+    if period:
+        kms.enable_key_rotation(key.key_arn, period)
+    return key
+
+
+def move_alias(alias: str, key: base.Key, present: base.Key | None) -> None:
+    """
+    Point the alias to the key and record it; make the alias if there is none.
+
+    Raises `RotationRefused` if somebody else has made it in the meantime, or `KMSError`.
+    """
+    kms = keyring.kms("rotate")
+    name = alias.rpartition(":")[2]
+    if present:
+        kms.update_alias(name, key.key_arn)
+    else:
+        try:
+            kms.create_alias(name, key.key_arn)
+        except AlreadyExists:
+            raise RotationRefused(ALIAS_EXISTS.format(alias=alias, arn=key.key_arn)) from None
+    now = timezone.now()
+    history.record_alias(alias, history.record_key(key.key_arn, now, key), now, moved=True)
+
+
+def renew_material(key: base.Key) -> base.Key:
+    """
+    Rotate the key on demand; return it as described once KMS names the new material.
+
+    Where the provider names none, there is nothing to wait for. Raises `RotationRefused`
+    if it takes longer than `MATERIAL_WAIT`, or `KMSError`.
+    """
+    kms = keyring.kms("rotate")
+    kms.rotate_key_on_demand(key.key_arn)
+    until = time.monotonic() + MATERIAL_WAIT
+    while True:
+        described = kms.describe_key(key.key_arn)
+        if not key.key_material_id or described.key_material_id != key.key_material_id:
+            return described
+        if time.monotonic() >= until:
+            raise RotationRefused(MATERIAL_LATE.format(seconds=MATERIAL_WAIT))
+        time.sleep(MATERIAL_LOOK)
+
+
+@dataclass(frozen=True)
+class GivenUp:
+    """A key that no row needs, and what was done to it: its state now, as KMS names it."""
+
+    arn: str
+    state: str
+    changed: bool
+
+
+def give_up(
+    refs: Iterable[str], present: base.Key, *, alias: str = "", days: int | None = None
+) -> list[GivenUp]:
+    """
+    Disable the keys with these refs, or, with `days`, schedule their deletion.
+
+    `present` is the key that seals now; it is never touched. First all columns in all
+    databases are searched for each key. Raises `RotationRefused` before anything is done
+    if a single row names one of them, readable or not, or if a key is not this site's.
+    """
+    kms = keyring.kms("rotate")
+    if alias and (now := kms.describe_key(alias).key_arn) != present.key_arn:
+        raise RotationRefused(STILL_ALIAS.format(alias=alias, arn=now))
+    found: list[base.Key] = []
+    refused: list[str] = []
+    for ref in sorted(set(refs) - {encoding.key_ref(present.key_id)}):
+        key_id = encoding.key_id(ref)
+        seen = Key.objects.filter(ref=ref).first()
+        arn = seen.arn if seen else ARN.parse(present.key_arn).with_key(key_id)
+        if rows := rows_naming(ref):
+            places = ", ".join(f"{number} in {place}" for place, number in rows.items())
+            refused.append(STILL_NEEDED.format(arn=arn, places=places))
+        elif not is_beside(arn, present.key_arn) and arn not in conf.get().previous_keys:
+            refused.append(FOREIGN.format(arn=arn))
+        else:
+            with contextlib.suppress(KeyNotFound):  # deleted long ago
+                found.append(kms.describe_key(conf.get().key_for(key_id)))
+    if refused:
+        raise RotationRefused(" ".join(refused))
+    return [_give_up(key, days) for key in found]
+
+
+def _give_up(key: base.Key, days: int | None) -> GivenUp:
+    kms = keyring.kms("rotate")
+    if key.state == "PendingDeletion" or (days is None and key.state == "Disabled"):
+        return GivenUp(key.key_arn, key.state, changed=False)
+    if days is None:
+        kms.disable_key(key.key_arn)
+    else:
+        kms.schedule_key_deletion(key.key_arn, days)
+    described = kms.describe_key(key.key_arn)
+    history.record_key(key.key_arn, timezone.now(), described)
+    return GivenUp(key.key_arn, described.state, changed=True)
+
+
+def rows_naming(ref: str) -> dict[str, int]:
+    """Return how many rows of each column name the key anywhere, readable or not."""
+    found = {}
+    for column in columns.columns():
+        named = Q(**{f"{column.field.attname}__icontains": ref})
+        if number := column.rows.filter(named).count():
+            found[str(column)] = number
+    return found
+
+
+def is_beside(arn: str, present: str) -> bool:
+    """Return whether the key is in the account and Region of the present one."""
+    return ARN.parse(present).with_key(arn.rpartition("/")[2]) == arn

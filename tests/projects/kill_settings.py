@@ -1,0 +1,27 @@
+"""
+Settings of the processes that are killed, or are busy, while the key is rotated.
+
+The test that starts them says where the database and the key file are. The audit is
+durable, as on a site.
+"""
+
+import json
+import os
+
+from tests.settings import *  # noqa: F403
+from tests.settings import KMS_HASHER as _KMS_HASHER
+
+DATABASES = {"default": json.loads(os.environ["KMS_HASHER_LIVE_DATABASE"])}
+if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
+    DATABASES["default"]["OPTIONS"] = {
+        "timeout": 60,
+        "transaction_mode": "IMMEDIATE",
+        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+    }
+
+KMS_HASHER = {
+    **_KMS_HASHER,
+    "OPTIONS": {"path": os.environ["KMS_HASHER_LIVE_KEYS"], "allow_without_debug": True},
+    "AUDIT": "durable",
+}
+LOGGING = {"version": 1, "loggers": {"kms_hasher": {"level": "CRITICAL"}}}
