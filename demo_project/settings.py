@@ -40,7 +40,9 @@ MIDDLEWARE = [
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
+    "kms_hasher.middleware.KMSUnavailableMiddleware",
 ]
+AUTHENTICATION_BACKENDS = ["kms_hasher.backends.KMSModelBackend"]
 ROOT_URLCONF = "demo_project.urls"
 TEMPLATES = [
     {

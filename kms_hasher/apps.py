@@ -1,6 +1,6 @@
 """
 What happens while Django starts: the stock user's password field is widened, the system
-checks are registered, sessions are made to survive re-wrapping, the audit is connected.
+checks are registered, sessions are made to survive re-wrapping, the receivers are connected.
 
 Nothing here asks the database or KMS, and settings that cannot work stop nothing: the
 system checks report them.
@@ -38,9 +38,10 @@ class KMSHasherConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self) -> None:
-        from kms_hasher import checks, users
+        from kms_hasher import checks, receivers, users
         from kms_hasher.audit import recorder
 
         checks.register()
         users.adapt()
         recorder.connect()
+        receivers.connect()

@@ -16,6 +16,7 @@ System checks: what would make logins fail or leave passwords unsealed, said in 
     W004  there is no AWS Region
     W005  the local provider is used (--deploy)
     W006  a password column is too short until a waiting migration is applied (--database)
+    W007  Django's ModelBackend tells unknown users from known ones by what they cost
 
 None of them calls KMS or imports AWS's library, and none raises for a setting, whatever
 it holds. `manage.py check --tag kms_hasher --tag database --database default` runs them
@@ -29,13 +30,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from django.conf import settings as django_settings
 from django.contrib.auth import get_user_model
 from django.contrib.auth.base_user import AbstractBaseUser
 from django.contrib.auth.hashers import get_hashers
 from django.core import checks
 from django.core.exceptions import FieldDoesNotExist, ImproperlyConfigured
 from django.db import connections, models
-from django.db.migrations.executor import MigrationExecutor
 
 from kms_hasher import columns, conf, encoding, modes, providers, users
 from kms_hasher.columns import Column
@@ -51,7 +52,13 @@ SAMPLE = 20
 
 def register() -> None:
     """Make Django run the checks. Called once, when the apps are ready."""
-    for check in (check_settings, check_user_model, check_hashers, check_django):
+    for check in (
+        check_settings,
+        check_user_model,
+        check_hashers,
+        check_django,
+        check_backends,
+    ):
         checks.register(check, TAG)
     # Without our tag: Django 6.1 would ask every database for a `--tag kms_hasher` alone.
     checks.register(check_database, checks.Tags.database)
@@ -250,6 +257,25 @@ def check_hashers(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]:
     ]
 
 
+def check_backends(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]:
+    stock = "django.contrib.auth.backends.ModelBackend"
+    try:
+        seals = str(get_hashers()[0].algorithm).startswith(encoding.PREFIX)
+    except (ImportError, ImproperlyConfigured, AttributeError, TypeError, IndexError):
+        return []  # E009
+    if not seals or stock not in django_settings.AUTHENTICATION_BACKENDS:
+        return []
+    return [
+        checks.Warning(
+            "With Django's ModelBackend a login with an unknown name makes another call to "
+            "KMS than one with a known name, and takes longer.",
+            hint='Put "kms_hasher.backends.KMSModelBackend" in its place in '
+            "AUTHENTICATION_BACKENDS.",
+            id="kms_hasher.W007",
+        )
+    ]
+
+
 # --- the database -------------------------------------------------------------------
 
 
@@ -277,6 +303,8 @@ def check_database(
 def _short_column(column: Column, width: int) -> checks.CheckMessage:
     text = f"The column of {column} holds {width} characters in the database"
     # An Error would stop the very `migrate` that is needed: Django checks before it.
+    from django.db.migrations.executor import MigrationExecutor  # takes its time
+
     executor = MigrationExecutor(connections[column.database])
     if executor.migration_plan(executor.loader.graph.leaf_nodes()):
         return checks.Warning(

@@ -7,6 +7,7 @@ the setting, so Django's `override_settings` works everywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Conf:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     #: Key ARNs, in accounts or Regions left behind, that may still open digests.
     previous_keys: tuple[str, ...] = ()
+    #: Regions that have replicas of multi-Region keys, asked in turn while KMS is out.
+    fallback_regions: tuple[str, ...] = ()
     #: Further "app.Model.field" columns that hold hashes, besides the user model's.
     password_fields: tuple[str, ...] = ()
     #: Databases whose password columns are counted and rotated; empty for all that have
@@ -46,6 +49,8 @@ class Conf:
     audit: str = "durable"
     #: Whether a call whose event cannot be stored fails.
     audit_strict: bool = False
+    #: Whether a password under an old key is re-wrapped when its user signs in.
+    rewrap_on_login: bool = True
     #: Whether sessions and reset links of the stock user model survive re-wrapping.
     stable_sessions: bool = True
 
@@ -72,6 +77,20 @@ class Conf:
                 return arn
         return self.home.with_key(key_id) if self.home else key_id
 
+    def replicas(self, key: str) -> list[str]:
+        """
+        Return the ARNs of the same alias or multi-Region key in `FALLBACK_REGIONS`.
+
+        A key of one Region has none.
+        """
+        if not self.fallback_regions or not key.startswith("arn:"):
+            return []
+        arn = ARN.parse(key)
+        if not arn.resource.startswith(("alias/", "key/mrk-")):
+            return []
+        others = (region for region in self.fallback_regions if region != arn.region)
+        return [str(dataclasses.replace(arn, region=region)) for region in others]
+
 
 def get() -> Conf:
     """Return the settings. Raises `ConfigurationError` that says what to change."""
@@ -97,11 +116,13 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "MODE": (str,),
     "OPTIONS": (Mapping,),
     "PREVIOUS_KEYS": (list, tuple),
+    "FALLBACK_REGIONS": (list, tuple),
     "PASSWORD_FIELDS": (list, tuple),
     "DATABASES": (list, tuple),
     "DEPLOYMENT": (str,),
     "AUDIT": (str,),
     "AUDIT_STRICT": (bool,),
+    "REWRAP_ON_LOGIN": (bool,),
     "STABLE_SESSIONS": (bool,),
 }
 
@@ -126,6 +147,11 @@ def _validate(conf: Conf) -> None:
                 "(arn:aws:kms:REGION:ACCOUNT:key/ID); `manage.py kms_status` lists them."
             )
         _check_key("PREVIOUS_KEYS", arn)
+    if conf.fallback_regions and not conf.home:
+        raise ConfigurationError(
+            "KMS_HASHER['FALLBACK_REGIONS'] needs KMS_HASHER['KEY'] as the ARN of a "
+            "multi-Region key, or of an alias that each of the Regions has."
+        )
     if conf.audit not in AUDIT_MODES:
         raise ConfigurationError(
             f"KMS_HASHER['AUDIT'] is {conf.audit!r}: use one of {', '.join(AUDIT_MODES)}."

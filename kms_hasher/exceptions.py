@@ -96,6 +96,12 @@ class KMSInternalError(KMSUnavailable):
     default_message = "KMS failed inside."
 
 
+class KMSCircuitOpen(KMSUnavailable):
+    """Raised in the place of a call while KMS is known to be out: see `breaker`."""
+
+    default_message = "KMS could not answer lately; it is asked again within seconds."
+
+
 class KMSBadResponse(KMSUnavailable):
     """
     Raised when a successful answer lacks what it must hold or is not what was asked.

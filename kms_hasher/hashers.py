@@ -8,6 +8,7 @@ client: `encode` and `verify` are Argon2 on this side and `keyring` on the other
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -69,14 +70,16 @@ class KMSArgon2PasswordHasher(Argon2PasswordHasher):
         """
         try:
             stored = self._parse(encoded)
-            expected = keyring.open(stored)
+            # KMS is asked while Argon2 computes: a login takes the longer, not the sum.
+            expected, digest = keyring.open_beside(
+                stored, functools.partial(self._digest, password, stored.header)
+            )
         except MalformedHash as error:
             _report_malformed(error)
             return False
         except InvalidCiphertext as error:
             logger.warning("A sealed password was refused by KMS: %s", error)
             return False
-        digest = self._digest(password, stored.header)
         return constant_time_compare(digest, expected)
 
     def decode(self, encoded: str) -> dict[str, Any]:
@@ -181,7 +184,7 @@ def _report_malformed(error: MalformedHash) -> None:
     signals.emit(
         signals.Event(
             time=timezone.now(),
-            operation="Parse",
+            operation=signals.PARSE,
             purpose="login",
             outcome=signals.INVALID,
             error_code="MalformedHash",

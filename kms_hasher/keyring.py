@@ -1,27 +1,35 @@
 """
 From a stored hash to the KMS call: which provider, which mode, which key.
 
-`seal`, `open` and `rewrap` are what the rest of the package needs. Key ids come from the
-stored string; accounts and Regions from the settings, never from the database. Each call
-to KMS emits one `kms_event`.
+`seal`, `open` (or `open_beside`) and `rewrap` are what the rest of the package needs. Key
+ids come from the stored string; accounts and Regions from the settings, never from the
+database. Each call to KMS emits one `kms_event`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+import functools
+from collections.abc import Callable
+from concurrent import futures
+from typing import TypeVar
 
-from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import conf, encoding, modes, providers, signals
+from kms_hasher import background, breaker, conf, encoding, modes, signals
+from kms_hasher.calls import kms, provider, region_of
 from kms_hasher.encoding import Header, SealedHash
-from kms_hasher.exceptions import AuditError, KMSBadResponse, KMSError, MalformedHash
-from kms_hasher.providers.base import OPERATIONS, Provider, ReEncrypted, Result
+from kms_hasher.exceptions import (
+    AuditError,
+    KMSBadResponse,
+    KMSUnavailable,
+    MalformedHash,
+)
+from kms_hasher.providers.base import Provider, ReEncrypted
+
+__all__ = ["kms", "open", "open_beside", "provider", "rewrap", "seal"]
+
+T = TypeVar("T")
 
 #: Bytes in an Argon2 digest: what Django's hasher makes, and what is sealed.
 DIGEST_SIZE = 32
@@ -38,8 +46,14 @@ def seal(header: Header, digest: bytes, *, purpose: str = "set") -> SealedHash:
     if len(digest) != DIGEST_SIZE:
         raise ValueError(f"only digests of {DIGEST_SIZE} bytes are sealed")
     settings = conf.get()
-    mode = modes.by_name(settings.mode)
-    arn, sealed = mode.seal(kms(purpose, header.sub), settings.key, digest, context_of(header))
+    mode, context = modes.by_name(settings.mode), context_of(header)
+    service = kms(purpose, header.sub)
+
+    @sensitive_variables()
+    def seal_by(key: str) -> tuple[str, bytes]:
+        return mode.seal(service, key, digest, context)
+
+    arn, sealed = _anywhere(seal_by, settings, settings.key)
     return SealedHash(header, mode.code, _ref(arn, settings), sealed)
 
 
@@ -50,13 +64,70 @@ def open(stored: SealedHash, *, purpose: str = "login") -> bytes:
     Raises `InvalidCiphertext` if it was altered or belongs to another hash,
     `MalformedHash` if its mode is unknown, or another `KMSError` if KMS cannot tell.
     """
-    mode = modes.by_code(stored.mode)
-    key = conf.get().key_for(stored.key_id)
-    header = stored.header
-    digest = mode.open(kms(purpose, header.sub), key, stored.sealed, context_of(header))
-    if len(digest) != DIGEST_SIZE:
-        raise KMSBadResponse("the digest has the wrong size", operation="Decrypt", key=key)
-    return digest
+    return _opener(stored, kms(purpose, stored.header.sub, size=DIGEST_SIZE))()
+
+
+@sensitive_variables()
+def open_beside(
+    stored: SealedHash, compute: Callable[[], T], *, purpose: str = "login"
+) -> tuple[bytes, T]:
+    """
+    Return the digest of a stored hash, and what `compute` has computed meanwhile.
+
+    The call to KMS runs in a thread of its own, and its event is emitted by the calling
+    thread. Where KMS is known to be out, nothing is computed. Raises what `open` does, when
+    both are done.
+    """
+    settings = conf.get()
+    region = region_of(settings.key_for(stored.key_id))
+    if breaker.of(region).is_open:
+        return open(stored, purpose=purpose), compute()
+    events: list[signals.Event] = []
+    service = kms(purpose, stored.header.sub, size=DIGEST_SIZE, report=events.append)
+    future = background.start(_opener(stored, service))
+    try:
+        computed = background.compute(compute)
+    finally:
+        futures.wait([future])
+        unrecorded = _emit_all(events)
+    digest = future.result()  # KMS's own error says more than an AuditError
+    if unrecorded:
+        raise unrecorded
+    return digest, computed
+
+
+def _emit_all(events: list[signals.Event]) -> AuditError | None:
+    """Emit the events, each of them; return what kept the first from being recorded."""
+    failure = None
+    for event in events:
+        try:
+            signals.emit(event)
+        except AuditError as error:
+            failure = failure or error
+    return failure
+
+
+def _opener(stored: SealedHash, service: Provider) -> Callable[[], bytes]:
+    """Return the call that opens a stored hash; what can be wrong with it is found here."""
+    settings = conf.get()
+    mode, context = modes.by_code(stored.mode), context_of(stored.header)
+    home = settings.key_for(stored.key_id)
+
+    def open_by(key: str) -> bytes:
+        return mode.open(service, key, stored.sealed, context)
+
+    return functools.partial(_anywhere, open_by, settings, home)
+
+
+def _anywhere(call: Callable[[str], T], settings: conf.Conf, key: str) -> T:
+    """Return what `call` gives for the key or, while KMS is out there, for a replica."""
+    try:
+        return call(key)
+    except KMSUnavailable as error:
+        for replica in settings.replicas(key):
+            with contextlib.suppress(KMSUnavailable):
+                return call(replica)
+        raise error from None
 
 
 def rewrap(
@@ -98,109 +169,7 @@ def _ref(arn: str, settings: conf.Conf) -> str:
         ref = encoding.key_ref(encoding.ARN.parse(arn).resource.removeprefix("key/"))
     except MalformedHash:
         raise KMSBadResponse("the answer names no key") from None
-    if settings.key_for(encoding.key_id(ref)) not in (arn, encoding.key_id(ref)):
+    known = settings.key_for(encoding.key_id(ref))
+    if arn not in (known, *settings.replicas(known)) and known.startswith("arn:"):
         raise KMSBadResponse("the answer names a key outside the account and Region of KEY")
     return ref
-
-
-# --- the provider, shared by all threads of a process -------------------------------
-
-_lock = threading.Lock()
-_shared: tuple[tuple[str, Mapping[str, Any]], Provider] | None = None
-
-
-def provider() -> Provider:
-    """
-    Return the process's provider, made when it is first needed and after each fork.
-
-    Raises `ConfigurationError` if the settings cannot make one.
-    """
-    global _shared
-    settings = conf.get()
-    wanted = (settings.provider, dict(settings.options))
-    with _lock:
-        if _shared is None or _shared[0] != wanted:
-            _shared = wanted, providers.create(settings)
-        return _shared[1]
-
-
-def _after_fork() -> None:  # pragma: no cover: it runs in a child
-    # A client shared with the parent has answered with the parent's plaintext.
-    global _lock, _shared
-    _lock, _shared = threading.Lock(), None
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-# --- one event for each call --------------------------------------------------------
-
-
-def kms(purpose: str, sub: str = "") -> Provider:
-    """
-    Return the provider, with each call reported as one `kms_event`.
-
-    `purpose` says what the calls are for: login, set, rotate, status.
-    """
-    return cast(Provider, _Reported(provider(), purpose, sub))
-
-
-class _Reported:
-    """A provider whose methods emit an event, whatever comes of the call."""
-
-    def __init__(self, provider: Provider, purpose: str, sub: str) -> None:
-        self._provider = provider
-        self._purpose = purpose
-        self._sub = sub
-
-    def __getattr__(self, name: str) -> Callable[..., Result]:
-        operation = OPERATIONS[name]
-        method = getattr(self._provider, name)
-
-        @sensitive_variables()
-        def call(*args: Any, **kwargs: Any) -> Result:
-            # What is named first is a key or an alias, in all methods but create_key.
-            requested = str(args[0]) if args else ""
-            started = time.perf_counter()
-            try:
-                result: Result = method(*args, **kwargs)
-            except Exception as raised:  # noqa: BLE001  # a provider of the site's own
-                error = raised if isinstance(raised, KMSError) else None
-                # Another error is not passed on: its frames may hold the plaintext.
-                error = error or KMSError(
-                    f"the provider raised {type(raised).__name__}",
-                    operation=operation,
-                    key=requested,
-                )
-                with contextlib.suppress(AuditError):  # the call's own error says more
-                    self._report(operation, requested, started, error=error)
-                raise error from None
-            self._report(operation, requested, started, result=result)
-            return result
-
-        return call
-
-    def _report(
-        self,
-        operation: str,
-        requested: str,
-        started: float,
-        *,
-        result: Result | None = None,
-        error: KMSError | None = None,
-    ) -> None:
-        source = result or error
-        signals.emit(
-            signals.Event(
-                time=timezone.now(),
-                operation=operation,
-                purpose=self._purpose,
-                outcome=signals.outcome_of(error) if error else signals.SUCCESS,
-                error_code=error.code if error else "",
-                requested_key=requested,
-                key=result.key_arn if result else requested,
-                latency=time.perf_counter() - started,
-                request_ids=source.request_ids if source else (),
-                sub=self._sub,
-            )
-        )

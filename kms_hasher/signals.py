@@ -43,10 +43,16 @@ _OUTCOMES: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
+#: Operations of events that are no calls to KMS: a stored value was refused unasked, and a
+#: circuit breaker has opened (`unavailable`) or closed (`success`).
+PARSE = "Parse"
+CIRCUIT_BREAKER = "CircuitBreaker"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """
-    One call to KMS, or one stored value refused before KMS was asked (`Parse`).
+    One call to KMS, or one of the two things above.
 
     `operation` and `error_code` are KMS's names. `requested_key` is what the call named,
     which may be an alias; `key` the resolved ARN where KMS gave it. `latency` is in

@@ -68,17 +68,17 @@ class KMSUserMixin(models.Model):
         late overwrites no password that was changed meanwhile. Raises `KMSError` if the
         hash is sealed and KMS cannot tell.
         """
-        return check_password(raw_password, self.password, functools.partial(_upgrade, self))
+        return check_password(raw_password, self.password, functools.partial(upgrade, self))
 
     @sensitive_variables("raw_password")
     async def acheck_password(self, raw_password: str | None) -> bool:
         """See `check_password`."""
 
         @sensitive_variables("raw_password")
-        async def upgrade(raw_password: str) -> None:
-            await sync_to_async(_upgrade)(self, raw_password)
+        async def setter(raw_password: str) -> None:
+            await sync_to_async(upgrade)(self, raw_password)
 
-        return await acheck_password(raw_password, self.password, upgrade)
+        return await acheck_password(raw_password, self.password, setter)
 
     def _get_session_auth_hash(self, secret: str | bytes | None = None) -> str:
         return salted_hmac(
@@ -109,8 +109,13 @@ _django_session_hash: Callable[..., str] = AbstractBaseUser._get_session_auth_ha
 
 
 @sensitive_variables("raw_password")
-def _upgrade(user: Any, raw_password: str) -> None:
-    """Hash the password that has just been found right anew, unless KMS or time forbids."""
+def upgrade(user: Any, raw_password: str) -> None:
+    """
+    Hash a password that has just been found right anew, and store it.
+
+    Where KMS cannot seal it, or the password has been changed since it was read, nothing
+    is done: the login has succeeded already.
+    """
     old = user.password
     try:
         new = make_password(raw_password)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kms_hasher import keyring
+from kms_hasher import breaker, keyring
 from kms_hasher.audit import recorder
 from kms_hasher.providers.base import Provider
 from kms_hasher.signals import Event, kms_event
@@ -38,6 +38,7 @@ def quiet_audit() -> Iterator[None]:
     """Events that a test without a database leaves behind do not turn up in the next."""
     yield
     recorder.close()
+    breaker.reset()
 
 
 @pytest.fixture

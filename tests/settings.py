@@ -53,6 +53,8 @@ PASSWORD_HASHERS = [
     "tests.hashers.CheapArgon2PasswordHasher",
 ]
 
+AUTHENTICATION_BACKENDS = ["kms_hasher.backends.KMSModelBackend"]
+
 KMS_HASHER = {
     "PROVIDER": "local",
     "KEY": "alias/tests",

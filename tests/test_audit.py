@@ -26,7 +26,7 @@ from django.core.signals import request_finished
 from django.db import connection, connections, transaction
 from django.utils import timezone
 
-from kms_hasher import encoding, exceptions, history, keyring, signals
+from kms_hasher import calls, encoding, exceptions, history, keyring, signals
 from kms_hasher.audit import recorder, writer
 from kms_hasher.models import AliasPeriod, AuditEvent, Key
 from kms_hasher.providers import base
@@ -205,7 +205,7 @@ def test_each_call_leaves_exactly_one_event(
                 raise error("it failed")
             return base.Decrypted(key_arn=ARN, plaintext=b"p" * 32, request_ids=("id",))
 
-    monkeypatch.setattr(keyring, "provider", Stub)
+    monkeypatch.setattr(calls, "provider", Stub)
     with contextlib.suppress(exceptions.KMSError):
         keyring.kms("login", "ab" * 16).decrypt(ARN, b"blob", {})
     row = AuditEvent.objects.get()
@@ -568,7 +568,7 @@ def test_a_failed_call_is_told_from_a_failed_audit(
             raise exceptions.KeyDisabled
 
     configure(AUDIT_STRICT=True)
-    monkeypatch.setattr(keyring, "provider", Stub)
+    monkeypatch.setattr(calls, "provider", Stub)
     with pytest.raises(exceptions.KeyDisabled):
         keyring.kms("login").decrypt(ARN, b"blob", {})
 

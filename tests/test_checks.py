@@ -283,6 +283,13 @@ def test_w001_no_hashers(settings: Any) -> None:
     only(run(), "W001")
 
 
+def test_w007_a_backend_that_tells_unknown_users(settings: Any) -> None:
+    settings.AUTHENTICATION_BACKENDS = ["django.contrib.auth.backends.ModelBackend"]
+    only(run(), "W007")
+    settings.PASSWORD_HASHERS = ["tests.hashers.CheapArgon2PasswordHasher"]
+    only(run(), "W001")  # where nothing is sealed, the stock backend is right
+
+
 # --- the database -------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
 import time
@@ -15,13 +16,14 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from django.db import OperationalError
 from django.test import override_settings
+from django.utils import timezone
 
 from kms_hasher import encoding
 from kms_hasher import exceptions as errors
 from kms_hasher.management.commands import _walk, rotate_kms_key
-from kms_hasher.models import AliasPeriod, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
 from kms_hasher.providers.base import Provider
-from kms_hasher.rotation import engine, workers
+from kms_hasher.rotation import engine, status, workers
 from kms_hasher.rotation.engine import Progress
 from tests.hashers import CheapArgon2PasswordHasher
 
@@ -540,6 +542,23 @@ def test_status_when_something_is_wrong(kms: Provider, key_arn: str) -> None:
     assert json.loads(out)["ok"] is False
     with override_settings(KMS_HASHER={**settings.KMS_HASHER, "KEY": "alias/nowhere"}):
         assert "does not exist" in run("kms_status", status=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "outcome", "told"),
+    [(5, "unavailable", True), (5, "success", False), (90, "unavailable", False)],
+)
+def test_status_tells_of_an_open_breaker(minutes: int, outcome: str, told: bool) -> None:
+    AuditEvent.objects.create(
+        time=timezone.now() - datetime.timedelta(minutes=minutes),
+        operation="CircuitBreaker",
+        purpose="login",
+        outcome=outcome,
+        requested_key="eu-central-1",
+        latency_us=0,
+    )
+    problems = status.look().problems
+    assert any("circuit breaker of Region 'eu-central-1'" in each for each in problems) is told
 
 
 def test_status_with_settings_that_cannot_work() -> None:

@@ -66,6 +66,7 @@ def test_keys_that_kms_takes(key: str) -> None:
         ({"PREVIOUS_KEYS": [7]}, "give full key ARNs"),
         ({"PREVIOUS_KEYS": [f"{HOME}:alias/x"]}, "give full key ARNs"),
         ({"PREVIOUS_KEYS": [f"{HOME}:key/x"]}, "neither an alias"),
+        ({"FALLBACK_REGIONS": ["eu-west-1"]}, "needs KMS_HASHER['KEY'] as the ARN"),
         ({"AUDIT": "loud"}, "use one of durable, inline, off"),
         ({"AUDIT_STRICT": 1}, "must be of type bool"),
     ],
@@ -118,6 +119,26 @@ class TestWhereAKeyIs:
     )
     def test_the_alias(self, key: str, alias: str) -> None:
         assert get(KEY=key).alias == alias
+
+
+class TestReplicas:
+    """The same key or alias in another Region, for when KMS is out in the first."""
+
+    REGIONS = ["us-east-1", "eu-west-1"]
+
+    @pytest.mark.parametrize("resource", ["alias/x", "key/mrk-" + "0" * 32])
+    def test_of_aliases_and_multi_region_keys(self, resource: str) -> None:
+        settings = get(KEY=f"{HOME}:alias/x", FALLBACK_REGIONS=self.REGIONS)
+        here = f"{HOME}:{resource}"
+        there = f"arn:aws:kms:us-east-1:111122223333:{resource}"
+        assert settings.replicas(here) == [there]
+        assert settings.replicas(there) == [here]
+
+    @pytest.mark.parametrize("key", [f"{HOME}:key/{KEY_ID}", KEY_ID, "alias/x"])
+    def test_others_have_none(self, key: str) -> None:
+        settings = get(KEY=f"{HOME}:alias/x", FALLBACK_REGIONS=self.REGIONS)
+        assert settings.replicas(key) == []
+        assert get(KEY=f"{HOME}:alias/x").replicas(f"{HOME}:alias/x") == []
 
 
 class TestProviders:

@@ -171,3 +171,16 @@ def test_an_outage_is_never_a_wrong_password(
     assert (event.operation, event.purpose) == ("Decrypt", "login")
     assert event.outcome != "success"
     assert event.error_code
+
+
+def test_settings_that_aws_cannot_work_with_are_said_plainly(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    settings.KMS_HASHER = {"KEY": "alias/site", "AUDIT": "inline"}
+    with pytest.raises(exceptions.ConfigurationError, match="There is no AWS Region"):
+        User.objects.create_user("anna", "anna@example.org", PASSWORD)
+    event = AuditEvent.objects.get()
+    assert (event.outcome, event.error_code) == ("error", "ConfigurationError")

@@ -129,6 +129,13 @@ class TestEvents:
         assert [event.outcome for event in events] == ["error"]
 
 
+@pytest.mark.parametrize("key", ["arn:", "arn:aws:kms", "arn:aws:kms:eu-west-1", ":", ""])
+def test_whatever_is_asked_for_is_a_call(key: str, events: list[Event]) -> None:
+    with pytest.raises(exceptions.KMSError):
+        keyring.kms("rotate").describe_key(key)
+    assert [event.requested_key for event in events] == [key]
+
+
 class TestReceivers:
     @pytest.fixture
     def receiver(self, request: pytest.FixtureRequest) -> Iterator[None]:

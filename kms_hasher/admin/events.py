@@ -73,7 +73,10 @@ class OperationFilter(_Choice):
     title, parameter_name = _("operation"), "operation"
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return [(name, name) for name in (*OPERATIONS.values(), "Parse")]
+        return [
+            (name, name)
+            for name in (*OPERATIONS.values(), signals.PARSE, signals.CIRCUIT_BREAKER)
+        ]
 
 
 class PurposeFilter(_Choice):

@@ -12,13 +12,11 @@ import datetime
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
-from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import Count
 from django.db.models.functions import TruncHour
-from django.db.models.sql.compiler import SQLCompiler
 from django.template.loader import render_to_string
 from django.utils import formats, timezone
 from django.utils.safestring import SafeString
@@ -27,6 +25,10 @@ from django.utils.translation import gettext
 
 from kms_hasher import signals
 from kms_hasher.models import AuditEvent
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+    from django.db.models.sql.compiler import SQLCompiler
 
 #: Hours shown, the present one included.
 HOURS = 48

@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from botocore.config import Config
     from botocore.session import Session
 
+#: At level DEBUG they write whole bodies, or their SHA-256: whoever can compute an Encrypt's
+#: but for the digest could try passwords against that, without a call to KMS.
+NOSY_LOGGERS = ("botocore.auth", "botocore.endpoint", "botocore.parsers")
+
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/\S+\Z")
 _SESSION_NAME = re.compile(r"[A-Za-z0-9_+=,.@-]{2,64}\Z")
 
@@ -62,7 +66,7 @@ def _note_answer(response_dict: Mapping[str, Any], **_: Any) -> None:
 
 
 def _not_ours(_: logging.LogRecord) -> bool:
-    """A filter for loggers that write whole bodies at level DEBUG: not those of our calls."""
+    """A filter for `NOSY_LOGGERS`: nothing of our own calls."""
     return _trace.get() is None
 
 
@@ -219,7 +223,7 @@ class AWSProvider(Operations):
                 "KMS_HASHER['OPTIONS']['region'], or give KMS_HASHER['KEY'] as an ARN."
             )
         if process.session is None:
-            for logger in ("botocore.endpoint", "botocore.parsers"):
+            for logger in NOSY_LOGGERS:
                 logging.getLogger(logger).addFilter(_not_ours)
             if self._role_arn:
                 self._assume_role(session, config, home or name, self._role_arn)

@@ -3,8 +3,9 @@ What a key management service must do for us: one small protocol, in KMS's own t
 
 A provider is constructed with the keyword arguments in `KMS_HASHER["OPTIONS"]`. It must be
 safe to share between threads, do no work in its constructor that needs the network, and
-raise nothing but `kms_hasher.exceptions.KMSError` from the methods below, and
-`ConfigurationError` from its constructor. It never writes a plaintext to a log or an error.
+raise nothing from the methods below but `kms_hasher.exceptions.KMSError`, and
+`ConfigurationError` there or in its constructor. It never writes a plaintext to a log or an
+error.
 
 `key` is a key id, key ARN, alias name or alias ARN, as KMS takes it (calls that manage a key
 take no alias); every result names the key by its resolved ARN, or as it was asked for where

@@ -49,7 +49,9 @@ def rotate(
         record.set_key(history.record_key(target.key_arn, timezone.now(), target))
         if plan.moves_alias:
             keys.move_alias(plan.alias, target, plan.present)
-        moved = plan.moves_alias or (plan.resumes and plan.kind == Rotation.Kind.NEW_KEY)
+        # Where there was no alias, nothing can come late under its former key.
+        moves = plan.moves_alias and present is not None
+        moved = moves or (plan.resumes and plan.kind == Rotation.Kind.NEW_KEY)
         left = {key.arn for key in (present, before) if key} | {plan.previous}
         kind = jobs.Renew if plan.kind == Rotation.Kind.NEW_MATERIAL else jobs.Rewrap
         job = kind(target, alias=plan.alias, left=frozenset(left))

@@ -15,18 +15,19 @@ from django.core.exceptions import FieldDoesNotExist
 from django.db import DatabaseError
 from django.utils import timezone
 
-from kms_hasher import columns, conf, encoding, keyring, modes, users
+from kms_hasher import columns, conf, encoding, keyring, modes, signals, users
 from kms_hasher.columns import Group
 from kms_hasher.exceptions import (
     DryRunOperation,
     KeyNotFound,
     KMSAccessDenied,
     KMSError,
+    KMSHasherError,
     MalformedHash,
 )
-from kms_hasher.models import AliasPeriod, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
 from kms_hasher.providers import base
-from kms_hasher.rotation import keys, runs
+from kms_hasher.rotation import keys, plan, runs
 
 ALLOWED, DENIED, NOT_CHECKED = "allowed", "denied", "not checked"
 
@@ -61,6 +62,12 @@ UNSEALED = (
     "Argon2 hasher, the next login all others."
 )
 UNFINISHED = "{number} passwords are under another key: `manage.py rotate_kms_key`."
+
+
+BREAKER = (
+    "The circuit breaker of Region {region!r} opened at {time:%Y-%m-%d %H:%M} in a process of "
+    "the site, and none has closed since: KMS could not answer."
+)
 
 
 @dataclass
@@ -119,8 +126,11 @@ def look(*, permissions: bool = True) -> Status:
     kms = keyring.kms("status")
     try:
         status.described = kms.describe_key(settings.key)
-    except KMSError as error:
-        status.problems.append(NO_KEY.format(key=settings.key, error=error))
+    except KMSHasherError as error:
+        text = NO_KEY.format(key=settings.key, error=error)
+        if isinstance(error, KeyNotFound) and settings.alias:
+            text = plan.NO_ALIAS.format(alias=settings.alias)
+        status.problems.append(text)
     else:
         _look_at_key(status, status.described, permissions)
     if settings.alias:
@@ -129,6 +139,7 @@ def look(*, permissions: bool = True) -> Status:
     _look_at_columns(status)
     _look_at_keys(status)
     _look_at_last_run(status)
+    _look_at_breakers(status)
     return status
 
 
@@ -280,3 +291,12 @@ def _counted(status: Status) -> Counter[Group]:
 
 def _is_sealed(group: Group) -> bool:
     return group.algorithm.startswith(encoding.PREFIX)
+
+
+def _look_at_breakers(status: Status) -> None:
+    # An older one was of a process that has ended since, or that nobody has signed in at.
+    since = timezone.now() - datetime.timedelta(hours=1)
+    changes = AuditEvent.objects.filter(operation=signals.CIRCUIT_BREAKER, time__gte=since)
+    last = changes.order_by("-time", "-pk").first()
+    if last and last.outcome != signals.SUCCESS:
+        status.problems.append(BREAKER.format(region=last.requested_key, time=last.time))

@@ -1,0 +1,102 @@
+"""
+Threads that ask KMS while the caller computes Argon2.
+
+There are at most `MAX_THREADS`, made when they are first needed and anew after a fork. A
+call that finds them all busy, or the interpreter about to end, is made by the caller.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: As many as a process is likely to have threads that check passwords.
+MAX_THREADS = 32
+
+_lock = threading.Lock()
+_executor: ThreadPoolExecutor | None = None
+_free = threading.BoundedSemaphore(MAX_THREADS)
+
+
+def _count_processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_processors = threading.BoundedSemaphore(_count_processors())
+
+
+def start(call: Callable[[], T]) -> Future[T]:
+    """Return the future of `call`, made by a thread of its own or, if none is free, now."""
+    future: Future[T] = Future()
+    context, claim = contextvars.copy_context(), threading.Lock()
+
+    def run() -> None:
+        context.run(_run, call, future, claim)
+
+    if _free.acquire(blocking=False):
+        future.add_done_callback(lambda _: _free.release())
+        try:
+            _threads().submit(run)
+        except RuntimeError:  # no thread can be made, or the interpreter is about to end
+            run()
+    else:
+        run()
+    return future
+
+
+def compute(call: Callable[[], T]) -> T:
+    """
+    Return what `call` computes, without holding up the calls that `start` has begun.
+
+    No more of them run at once than there are processors: more would only wait for each
+    other, each with its memory, and hold up whatever else the process has to do.
+    Under gevent, whose threads are greenlets, a computation in C would: it is given to one
+    of gevent's native threads.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        import gevent
+
+        result: T = gevent.get_hub().threadpool.apply(call)
+        return result
+    with _processors:
+        return call()
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _executor
+    with _lock:
+        if _executor is None:
+            _executor = ThreadPoolExecutor(MAX_THREADS, thread_name_prefix="kms_hasher")
+        return _executor
+
+
+def _run(call: Callable[[], T], future: Future[T], claim: threading.Lock) -> None:
+    # An executor that cannot make a thread keeps what it was given, for another one to do.
+    if not claim.acquire(blocking=False):
+        return
+    try:
+        future.set_result(call())
+    except BaseException as error:  # noqa: BLE001  # raised by result()
+        future.set_exception(error)
+        del future  # which holds the error, which holds this frame
+
+
+def _after_fork() -> None:  # pragma: no cover: it runs in a child
+    # The parent's threads do not exist here: what is given to them would never be done.
+    global _lock, _executor, _free, _processors
+    _lock, _executor = threading.Lock(), None
+    _free = threading.BoundedSemaphore(MAX_THREADS)
+    _processors = threading.BoundedSemaphore(_count_processors())
+
+
+os.register_at_fork(after_in_child=_after_fork)
