@@ -18,7 +18,7 @@ from django.db import OperationalError
 from django.test import override_settings
 from django.utils import timezone
 
-from kms_hasher import encoding
+from kms_hasher import encoding, keyring
 from kms_hasher import exceptions as errors
 from kms_hasher.management.commands import _walk, rotate_kms_key
 from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
@@ -542,6 +542,29 @@ def test_status_when_something_is_wrong(kms: Provider, key_arn: str) -> None:
     assert json.loads(out)["ok"] is False
     with override_settings(KMS_HASHER={**settings.KMS_HASHER, "KEY": "alias/nowhere"}):
         assert "does not exist" in run("kms_status", status=1)[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            errors.KeyNotFound(),
+            "alias/tests does not exist. `manage.py rotate_kms_key --new-key`",
+        ),
+        (errors.KMSAccessDenied(), "KEY alias/tests: Access denied"),
+        (errors.ConfigurationError("There is no Region."), "There is no Region."),
+    ],
+)
+def test_status_where_the_key_cannot_be_described(
+    error: Exception, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(key: str) -> None:
+        raise error
+
+    monkeypatch.setattr(keyring.provider(), "describe_key", fail)
+    found = status.look()
+    assert any(says in problem for problem in found.problems), found.problems
+    assert found.described is None
 
 
 @pytest.mark.parametrize(
