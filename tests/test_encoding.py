@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import uuid
 
 import pytest
 from django.contrib.auth.hashers import (
-    BCryptSHA256PasswordHasher,
     PBKDF2PasswordHasher,
     ScryptPasswordHasher,
     make_password,
@@ -318,12 +316,6 @@ class TestStablePart:
     )
     def test_by_layout(self, encoded: str, part: str) -> None:
         assert encoding.stable_part(encoded) == part
-
-    def test_bcrypt_has_the_layout_we_cut(self) -> None:
-        assert BCryptSHA256PasswordHasher().algorithm == "bcrypt_sha256"
-        # 2b$12$ and 53 characters: 22 of salt for 128 bits, 31 of digest for 184.
-        assert len(base64.b64encode(b"s" * 16).rstrip(b"=")) == 22
-        assert len(base64.b64encode(b"d" * 23).rstrip(b"=")) == 31
 
 
 def test_prefixes_select_by_algorithm_mode_and_key() -> None:
