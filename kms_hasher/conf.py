@@ -1,14 +1,14 @@
 """
 The settings: one dictionary, `settings.KMS_HASHER`, read live.
 
-`get()` validates it and returns a frozen `Conf`. Nothing is cached across a change of
-the setting, so Django's `override_settings` works everywhere.
+`get()` validates it and returns a frozen `Conf`, made anew when the setting has changed, so
+that Django's `override_settings` works everywhere.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,9 +92,21 @@ class Conf:
         return [str(dataclasses.replace(arn, region=region)) for region in others]
 
 
+#: What the setting was when it was last read, and the `Conf` that came of it.
+_last: tuple[object, Conf] | None = None
+
+
 def get() -> Conf:
     """Return the settings. Raises `ConfigurationError` that says what to change."""
+    global _last
     raw = getattr(settings, "KMS_HASHER", {})
+    last = _last
+    if last is None or last[0] != raw:
+        last = _last = copy.deepcopy(raw), _read(raw)
+    return last[1]
+
+
+def _read(raw: object) -> Conf:
     if not isinstance(raw, Mapping):
         raise ConfigurationError("KMS_HASHER must be a dictionary.")
     values: dict[str, Any] = {}
@@ -128,6 +140,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def _suggestion(name: object) -> str:
+    import difflib  # for a mistake alone
+
     close = difflib.get_close_matches(str(name).upper(), _TYPES, n=1)
     return f" Did you mean {close[0]!r}?" if close else f" Known: {', '.join(_TYPES)}."
 

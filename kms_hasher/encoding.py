@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import hashlib
 import re
 import uuid
@@ -34,6 +35,9 @@ MAX_LENGTH = 1024
 
 #: Bytes of salt that Argon2 asks for at the least (RFC 9106, section 3.1).
 MIN_SALT = 8
+
+#: Of how many keys the ref, id and parsed ARN are kept: all of a site's, if nobody forges.
+KEYS = 256
 
 # An alias's target may be a multi-Region key, whose id says so: mrk-<32 hex digits>.
 _MULTI_REGION = re.compile(r"mrk-([0-9a-f]{32})\Z")
@@ -78,6 +82,7 @@ def b64decode(text: str) -> bytes:
 # --- key refs -----------------------------------------------------------------------
 
 
+@functools.lru_cache(KEYS)
 def key_ref(key_id: str) -> str:
     """
     Return the key ref of a KMS key id or key ARN: `m`, if multi-Region, and 29 lower-case
@@ -98,6 +103,7 @@ def key_ref(key_id: str) -> str:
     return mark + body.rstrip("=").lower()
 
 
+@functools.lru_cache(KEYS)
 def key_id(ref: str) -> str:
     """Return the KMS key id a key ref stands for. Raises `MalformedHash`."""
     mark, body = ("m", ref[1:]) if len(ref) == 30 and ref[0] == "m" else ("", ref)
@@ -130,6 +136,7 @@ class ARN:
     resource: str
 
     @classmethod
+    @functools.lru_cache(KEYS)
     def parse(cls, text: str) -> ARN:
         """Raises `MalformedHash` if `text` is not the ARN of a KMS key or alias."""
         match = _ARN.match(text)

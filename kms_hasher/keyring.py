@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from concurrent import futures
 from typing import TypeVar
 
 from django.views.decorators.debug import sensitive_variables
@@ -88,7 +87,7 @@ def open_beside(
     try:
         computed = background.compute(compute)
     finally:
-        futures.wait([future])
+        future.exception()  # waits
         unrecorded = _emit_all(events)
     digest = future.result()  # KMS's own error says more than an AuditError
     if unrecorded:
