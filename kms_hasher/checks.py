@@ -38,13 +38,13 @@ from django.core import checks
 from django.core.exceptions import FieldDoesNotExist, ImproperlyConfigured
 from django.db import connections, models
 
-from kms_hasher import columns, conf, encoding, modes, providers, users
+from kms_hasher import columns, conf, encoding, users
 from kms_hasher.columns import Column
 from kms_hasher.exceptions import ConfigurationError, KeyNotFound, KMSError, MalformedHash
 
 TAG = "kms_hasher"
 
-LOCAL = ("local", providers.BUILT_IN["local"])
+LOCAL = ("local", "kms_hasher.providers.local.LocalProvider")
 
 #: So many stored passwords are looked at for the name of the hasher that is missing.
 SAMPLE = 20
@@ -69,6 +69,8 @@ def register() -> None:
 
 
 def check_settings(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]:
+    from kms_hasher import modes  # not before: most starts run no checks
+
     try:
         settings = conf.get()
         modes.by_name(settings.mode)
@@ -85,6 +87,8 @@ def check_settings(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]
 
 
 def _provider(settings: conf.Conf) -> Iterator[checks.CheckMessage]:
+    from kms_hasher import providers
+
     try:
         provider = providers.create(settings)
         if settings.provider in LOCAL:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from django.db import IntegrityError, router, transaction
 from django.utils import timezone
 
 from kms_hasher import columns, encoding
 from kms_hasher.models import AliasPeriod, Key
-from kms_hasher.providers import base
+
+if TYPE_CHECKING:
+    from kms_hasher.providers import base
 
 #: `Key.last_seen` is written at most once in this time for each key.
 LAST_SEEN_EVERY = datetime.timedelta(minutes=10)

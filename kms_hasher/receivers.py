@@ -12,7 +12,7 @@ from typing import Any
 from django.contrib.auth.signals import user_logged_in
 from django.db import Error, connections, router, transaction
 
-from kms_hasher import conf, encoding, history, keyring
+from kms_hasher import conf, encoding
 from kms_hasher.columns import Column
 from kms_hasher.exceptions import KMSHasherError, MalformedHash
 from kms_hasher.models import AliasPeriod
@@ -33,6 +33,8 @@ def rewrap(sender: Any, user: Any, **kwargs: Any) -> None:
     is logged, and the password stays as it was. Costs one query, and one ReEncrypt where
     the key is another. Does nothing where sessions hang on the whole column.
     """
+    from kms_hasher import history, keyring  # at the first login, not at the start
+
     try:
         settings = conf.get()
         old = getattr(user, "password", None) or ""

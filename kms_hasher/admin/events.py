@@ -7,18 +7,16 @@ is answered from the end of an index.
 
 from __future__ import annotations
 
-import datetime
 import re
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlencode
 
 from django.contrib import admin, messages
-from django.contrib.admin.views.main import ChangeList
 from django.core.paginator import Paginator
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.urls import reverse
-from django.utils import formats, timezone
+from django.utils import formats
 from django.utils.functional import cached_property
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
@@ -29,9 +27,10 @@ from kms_hasher import encoding, signals
 from kms_hasher.admin.base import ON_PAGE, ReadOnlyAdmin, number, short, time
 from kms_hasher.exceptions import MalformedHash
 from kms_hasher.models import AuditEvent, Key
-from kms_hasher.providers.base import OPERATIONS
 
 if TYPE_CHECKING:
+    from django.contrib.admin.views.main import ChangeList
+
     Events = QuerySet[AuditEvent]
     BasePaginator = Paginator[AuditEvent]
 else:
@@ -73,6 +72,8 @@ class OperationFilter(_Choice):
     title, parameter_name = _("operation"), "operation"
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        from kms_hasher.providers.base import OPERATIONS
+
         return [
             (name, name)
             for name in (*OPERATIONS.values(), signals.PARSE, signals.CIRCUIT_BREAKER)
@@ -100,77 +101,6 @@ class BoundedPaginator(BasePaginator):
     def count(self) -> int:
         rows = cast("Events", self.object_list)
         return int(rows.order_by()[:MAX_LISTED].count())
-
-
-class EventList(ChangeList):
-    """The list of events, with links to dates that take no scan to find."""
-
-    def get_results(self, request: HttpRequest) -> None:
-        super().get_results(request)
-        ends = AuditEvent.objects.order_by("time", "pk").values_list("time", "pk")
-        self.first, self.last = ends.first(), ends.last()
-
-    @property
-    def note(self) -> str:
-        """What to say where there are more events than the pages show."""
-        if self.result_count < MAX_LISTED or not (self.first and self.last):
-            return ""
-        # Rows are only added at the end, and removed at the beginning.
-        return gettext(
-            "These are the newest %(listed)s of the events asked for; all in all there are "
-            "about %(all)s. Choose a date or a filter to see others."
-        ) % {"listed": number(MAX_LISTED), "all": number(self.last[1] - self.first[1] + 1)}
-
-    @property
-    def dates(self) -> dict[str, Any]:
-        """What Django's date_hierarchy.html needs: the days of a month, or the months."""
-        year, month, day = (self.params.get(f"time__{part}") for part in _PARTS)
-        days = self._days()
-        if year and month and day:
-            date = datetime.date(int(year), int(month), int(day))
-            back = {"link": self._link(year=year, month=month), "title": _month(date)}
-            return {"back": back, "choices": [{"title": _day(date)}]}
-        if year and month:
-            days = [date for date in days if (date.year, date.month) == (int(year), int(month))]
-        months = sorted({(date.year, date.month): date for date in days}.items())
-        if len(days) <= 31:
-            choices = [
-                {"link": self._link(year=d.year, month=d.month, day=d.day), "title": _day(d)}
-                for d in days
-            ]
-        else:
-            choices = [
-                {"link": self._link(year=d.year, month=d.month), "title": _month(d)}
-                for _year_and_month, d in months
-            ]
-        back = {"link": self._link(), "title": gettext("All dates")}
-        return {"back": back if year else None, "choices": choices}
-
-    def _days(self) -> list[datetime.date]:
-        """Return all days from the first event to the last, whether or not they hold any."""
-        if not (self.first and self.last):
-            return []
-        first, last = (
-            (timezone.localtime(at) if timezone.is_aware(at) else at).date()
-            for at in (self.first[0], self.last[0])
-        )
-        number_of_days = (last - first).days + 1
-        return [first + datetime.timedelta(days=number) for number in range(number_of_days)]
-
-    def _link(self, **parts: Any) -> str:
-        filters = {f"time__{name}": value for name, value in parts.items()}
-        return str(self.get_query_string(filters, ["time__"]))
-
-
-_PARTS = ("year", "month", "day")
-
-
-def _day(date: datetime.date) -> str:
-    return str(formats.date_format(date, "MONTH_DAY_FORMAT"))
-
-
-def _month(date: datetime.date) -> str:
-    return str(formats.date_format(date, "YEAR_MONTH_FORMAT"))
 
 
 @admin.register(AuditEvent)
@@ -211,6 +141,8 @@ class AuditEventAdmin(ReadOnlyAdmin):
     readonly_fields = fields
 
     def get_changelist(self, request: HttpRequest, **kwargs: Any) -> type[ChangeList]:
+        from kms_hasher.admin.event_list import EventList  # Django imports its own as late
+
         return EventList
 
     def get_search_results(
