@@ -86,10 +86,9 @@ def no_audit(settings: Any) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """No waiting between attempts, and another however many have failed before."""
-    monkeypatch.setattr(
-        "botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0
-    )
-    monkeypatch.setattr("botocore.retries.quota.RetryQuota.acquire", lambda *_: True)
+    for name in ("PAUSE", "PAUSE_THROTTLED"):
+        monkeypatch.setattr(f"kms_hasher.providers.aws_http.{name}", 0)
+    monkeypatch.setattr("kms_hasher.providers.aws_http.REFUND", 1000)
 
 
 class Site:
@@ -1110,7 +1109,7 @@ class Fault(NamedTuple):
     kind: type[exceptions.KMSError]
     outcome: str
     code: str
-    #: Whether botocore makes another attempt, and whether there is an id of this one.
+    #: Whether there is another attempt, and whether there is an id of this one.
     retried: bool = True
     answered: bool = True
 
@@ -1159,11 +1158,6 @@ FAULTS = {
         ]
     },
     **{name: _spoilt("KMSBadResponse") for name in SPOILT},
-    # What botocore itself stumbles over is named after its stumbling.
-    "not_utf8": _spoilt("UnicodeDecodeError"),
-    "not_an_object": _spoilt("AttributeError"),
-    "number_blobs": _spoilt("TypeError"),
-    "not_base64": _spoilt("Error"),
 }
 
 #: Spoilt answers to Encrypt by alias that nothing in them gives away. What they make is

@@ -1,5 +1,5 @@
 """
-AWS KMS. This is the only module that imports boto3's library, and only at the first call.
+AWS KMS. boto3's library is imported here and in `aws_http` alone, and only at the first call.
 
 Credentials, profile and Region come from where every program on AWS takes them; the
 endpoint can be redirected with `AWS_ENDPOINT_URL_KMS`. botocore's defaults are unfit for a
@@ -9,13 +9,10 @@ login (60 s, then 60 s more), so timeouts, attempts and pool are always set here
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import platform
 import re
 import threading
-from collections.abc import Mapping
-from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +22,6 @@ from kms_hasher.exceptions import (
     ConfigurationError,
     InvalidRequest,
     KMSCredentialsError,
-    KMSError,
-    KMSHasherError,
     MalformedHash,
 )
 from kms_hasher.providers.aws_errors import Answer, translate
@@ -34,40 +29,13 @@ from kms_hasher.providers.aws_operations import Operations
 from kms_hasher.providers.base import OPERATIONS
 
 if TYPE_CHECKING:
-    from botocore.client import BaseClient
     from botocore.config import Config
     from botocore.session import Session
 
-#: At level DEBUG they write whole bodies, or their SHA-256: whoever can compute an Encrypt's
-#: but for the digest could try passwords against that, without a call to KMS.
-NOSY_LOGGERS = ("botocore.auth", "botocore.endpoint", "botocore.parsers")
+    from kms_hasher.providers.aws_http import Endpoint
 
 _ROLE = re.compile(r"arn:aws[a-z-]*:iam::[0-9]{12}:role/\S+\Z")
 _SESSION_NAME = re.compile(r"[A-Za-z0-9_+=,.@-]{2,64}\Z")
-
-
-class _Trace:
-    """What is noted while one call runs: the id of every attempt that got an answer."""
-
-    def __init__(self) -> None:
-        self.request_ids: list[str] = []
-        self.answered = False
-
-
-_trace: ContextVar[_Trace | None] = ContextVar("kms_hasher_aws_trace", default=None)
-
-
-def _note_answer(response_dict: Mapping[str, Any], **_: Any) -> None:
-    """Run for every HTTP response, before botocore parses it: it keeps only the last id."""
-    if trace := _trace.get():
-        trace.answered = True
-        if request_id := response_dict["headers"].get("x-amzn-requestid"):
-            trace.request_ids.append(request_id)
-
-
-def _not_ours(_: logging.LogRecord) -> bool:
-    """A filter for `NOSY_LOGGERS`: nothing of our own calls."""
-    return _trace.get() is None
 
 
 class _Process:
@@ -82,13 +50,13 @@ class _Process:
         self.pid = os.getpid()
         self.lock = threading.Lock()
         self.session: Session | None = None
-        self.clients: dict[str, BaseClient] = {}
+        self.endpoints: dict[str, Endpoint] = {}
         self.inherited = inherited
 
 
 class AWSProvider(Operations):
     """
-    AWS KMS through botocore. The keywords are `KMS_HASHER["OPTIONS"]`.
+    AWS KMS. The keywords are `KMS_HASHER["OPTIONS"]`.
 
     region              where keys named by id or alias are; a key's ARN has its own.
                         Default: the environment's or profile's.
@@ -97,8 +65,8 @@ class AWSProvider(Operations):
     role_session_name   the name its sessions have in CloudTrail.
     connect_timeout     seconds, for each attempt.
     read_timeout        seconds without an answer, for each attempt.
-    attempts            how often a call is tried in all. Before another attempt botocore
-                        waits up to 0.05 s, or up to 1 s when throttled.
+    attempts            how often a call is tried in all, while KMS cannot answer. Before
+                        another attempt it waits up to 0.05 s, or up to 1 s when throttled.
     max_pool_connections  at least the number of threads.
 
     Raises `ConfigurationError` for an option that cannot work, and at the first call when
@@ -139,14 +107,8 @@ class AWSProvider(Operations):
             _check(name, type(count) is int and count > 0, "a whole number above 0")
         self._region, self._profile = region, profile
         self._role_arn, self._role_session_name = role_arn, role_session_name
-        self._pinned: dict[str, Any] = {
-            "connect_timeout": connect_timeout,
-            "read_timeout": read_timeout,
-            # Never "adaptive", which may delay any call.
-            "retries": {"mode": "standard", "total_max_attempts": attempts},
-            "max_pool_connections": max_pool_connections,
-            "tcp_keepalive": True,
-        }
+        self._timeouts, self._attempts = (connect_timeout, read_timeout), attempts
+        self._max_pool_connections = max_pool_connections
         self._process = _Process()
 
     def close(self) -> None:
@@ -155,64 +117,53 @@ class AWSProvider(Operations):
         if process.pid != os.getpid():
             self._process.inherited = process
             return
-        for client in list(process.clients.values()):
-            client.close()
+        for endpoint in list(process.endpoints.values()):
+            endpoint.close()
 
     def _call(self, method: str, key: str, *others: str, **params: Any) -> Answer:
         operation = OPERATIONS[method]
-        trace = _Trace()
-        token = _trace.set(trace)
-        failure: KMSHasherError
         try:
-            client = self._client_for(key, *others)
-            data = getattr(client, method)(**params)
-            return Answer(data, operation, key, tuple(trace.request_ids))
-        except KMSHasherError as error:
-            failure = error
-            if isinstance(failure, KMSError):
-                failure.operation, failure.key = operation, key
+            return self._endpoint_for(key, *others).call(operation, key, params)
         except Exception as error:  # noqa: BLE001  # whatever botocore comes upon
-            failure = translate(
-                error,
-                operation=operation,
-                key=key,
-                request_ids=trace.request_ids,
-                answered=trace.answered,
-            )
-        finally:
-            _trace.reset(token)
+            failure = translate(error, operation=operation, key=key)
         raise failure  # out here, so that botocore's error is not its context
 
-    def _client_for(self, *keys: str) -> BaseClient:
-        """Return the client of the Region that all `keys` are in."""
-        first, *rest = (self._client(_region(key)) for key in keys)
-        if any(client.meta.region_name != first.meta.region_name for client in rest):
+    def _endpoint_for(self, *keys: str) -> Endpoint:
+        """Return KMS in the Region that all `keys` are in."""
+        first, *rest = (self._endpoint(_region(key)) for key in keys)
+        if any(endpoint.region != first.region for endpoint in rest):
             raise InvalidRequest("KMS works within one Region, and these keys are in two.")
         return first
 
-    def _client(self, region: str) -> BaseClient:
-        """Return this process's client for a Region; "" is the configured one."""
+    def _endpoint(self, region: str) -> Endpoint:
+        """Return this process's way to a Region; "" is the configured one."""
         process = self._process
         if process.pid != os.getpid():
             process = self._process = _Process(inherited=process)
-        client = process.clients.get(region)
-        if client is None:
+        endpoint = process.endpoints.get(region)
+        if endpoint is None:
             with process.lock:
-                client = process.clients.get(region) or self._connect(process, region)
-        return client
+                endpoint = process.endpoints.get(region) or self._connect(process, region)
+        return endpoint
 
-    def _connect(self, process: _Process, region: str) -> BaseClient:
+    def _connect(self, process: _Process, region: str) -> Endpoint:
         import boto3
         import botocore
         from botocore.config import Config
         from botocore.session import Session
 
-        python = platform.python_version()
+        from kms_hasher.providers.aws_http import Endpoint
+
+        user_agent = (
+            f"kms_hasher/{__version__} botocore/{botocore.__version__} "
+            f"python/{platform.python_version()}"
+        )
         config = Config(
-            # Given whole: botocore would build its own twice for every call.
-            user_agent=f"kms_hasher/{__version__} botocore/{botocore.__version__} "
-            f"python/{python}",
-            **self._pinned,
+            user_agent=user_agent,
+            connect_timeout=self._timeouts[0],
+            read_timeout=self._timeouts[1],
+            # Never "adaptive", which may delay any call.
+            retries={"mode": "standard", "total_max_attempts": self._attempts},
         )
         session = process.session or Session(profile=self._profile)
         home = self._region or session.get_config_variable("region")
@@ -223,22 +174,27 @@ class AWSProvider(Operations):
                 "KMS_HASHER['OPTIONS']['region'], or give KMS_HASHER['KEY'] as an ARN."
             )
         if process.session is None:
-            for logger in NOSY_LOGGERS:
-                logging.getLogger(logger).addFilter(_not_ours)
             if self._role_arn:
                 self._assume_role(session, config, home or name, self._role_arn)
             process.session = session
-        # A client made without credentials would never look for them again.
-        if session.get_credentials() is None:
+        # A session that once found no credentials would never look for them again.
+        credentials = session.get_credentials()
+        if credentials is None:
             raise KMSCredentialsError(code="NoCredentialsError")
-        client = process.clients.get(name)
-        if client is None:
+        endpoint = process.endpoints.get(name)
+        if endpoint is None:
             made = boto3.Session(botocore_session=session)
-            client = made.client("kms", region_name=name, config=config)
-            client.meta.events.register("before-parse.kms", _note_answer)
-            process.clients[name] = client
-        process.clients[region] = client
-        return client
+            endpoint = process.endpoints[name] = Endpoint(
+                session,
+                credentials,
+                made.client("kms", region_name=name, config=config),
+                user_agent=user_agent,
+                timeouts=self._timeouts,
+                attempts=self._attempts,
+                max_pool_connections=self._max_pool_connections,
+            )
+        process.endpoints[region] = endpoint
+        return endpoint
 
     def _assume_role(
         self, session: Session, config: Config, region: str, role_arn: str

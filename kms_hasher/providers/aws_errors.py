@@ -7,8 +7,12 @@ one that an older botocore does not have yet needs no care.
 
 from __future__ import annotations
 
+import binascii
+import contextlib
 import datetime
+import json
 import re
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,6 +115,7 @@ MISCONFIGURED = {
 _CODE = re.compile(r"[A-Za-z][A-Za-z0-9.]{2,99}\Z")
 _KEY_ID = re.compile(r"(?:mrk-[0-9a-f]{32}|[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12})\Z")
 _MESSAGE_LENGTH = 300
+_OK = 200
 
 
 def translate(
@@ -119,36 +124,54 @@ def translate(
     operation: str,
     key: str = "",
     request_ids: Sequence[str] = (),
-    answered: bool = False,
 ) -> KMSHasherError:
     """
-    Return our error for whatever came out of botocore while `operation` was called.
+    Return our error for whatever came up while `operation` was called.
 
-    The new error refers to nothing of the old one, whose frames hold the parameters.
-    `answered` tells whether any HTTP response was received.
+    It refers to nothing of an error of botocore's, whose frames hold the parameters.
     """
+    if isinstance(error, KMSHasherError):
+        if isinstance(error, KMSError):
+            error.operation, error.key = operation, key
+        return error.with_traceback(None)
     lineage = [cls.__name__ for cls in type(error).__mro__]
     code, message = lineage[0], ""
     if not MISCONFIGURED.isdisjoint(lineage):
         return ConfigurationError(f"AWS's configuration cannot work: {_line(error)}")
     if "ClientError" in lineage:
-        kind, code, message = _refused(error, operation)
+        kind, code, message = _of_credentials(error)
     elif lineage[0] == "RuntimeError" and str(error).startswith("Credentials were refreshed"):
         kind = KMSCredentialsError  # botocore: refreshed, but still expired
     else:
-        default = KMSBadResponse if answered else KMSError
         # Without the text: botocore quotes parameters, and with them the plaintext.
-        kind = next((EXCEPTIONS[name] for name in lineage if name in EXCEPTIONS), default)
+        kind = next((EXCEPTIONS[name] for name in lineage if name in EXCEPTIONS), KMSError)
         if kind is KMSError:
             message = "The call failed inside the client."
     return kind(message, code=code, operation=operation, key=key, request_ids=request_ids)
 
 
-def _refused(error: Any, operation: str) -> tuple[type[KMSError], str, str]:
-    """Return class, code and message for a botocore ClientError: an answer that says no."""
-    answer = error.response.get("Error") or {}
-    status = (error.response.get("ResponseMetadata") or {}).get("HTTPStatusCode") or 0
-    code, message = str(answer.get("Code") or ""), _line(answer.get("Message") or "")
+def read(
+    status: int, content: bytes, operation: str, key: str, request_ids: Sequence[str]
+) -> Answer:
+    """Return what an HTTP answer of KMS says. Raises the `KMSError` that it is instead."""
+    data: Any = None
+    with contextlib.suppress(ValueError, RecursionError):
+        # Some operations answer with nothing when all is well, emulators with null.
+        data = json.loads(content or b"{}") or {}
+    if status == _OK:
+        answer = Answer(data, operation, key, tuple(request_ids))
+        if not isinstance(data, dict):
+            raise answer.bad("it is no JSON object")
+        return answer
+    data = data if isinstance(data, dict) else {}
+    code = str(data.get("__type") or "").rpartition("#")[2].partition(":")[0]
+    kind, code, message = _refused(status, code, data.get("message") or data.get("Message"))
+    raise kind(message, code=code, operation=operation, key=key, request_ids=request_ids)
+
+
+def _refused(status: int, code: str, text: object) -> tuple[type[KMSError], str, str]:
+    """Return class, code and message for an answer that says no."""
+    message = _line(text or "")
     if not _CODE.match(code):  # not AWS's JSON but, say, a proxy's page: nothing to quote
         code, message = f"HTTP{status}", ""
     kind = CODES.get(code)
@@ -161,10 +184,17 @@ def _refused(error: Any, operation: str) -> tuple[type[KMSError], str, str]:
         kind = KeyPendingDeletion
     elif kind is KeyUnusable and "is disabled" in message:
         kind = KeyDisabled
-    if error.operation_name != operation:  # the role or token behind the call, from STS
-        message = f"{error.operation_name}: {message or code}"
-        kind = kind if issubclass(kind, KMSUnavailable) else KMSCredentialsError
     return kind, code, message
+
+
+def _of_credentials(error: Any) -> tuple[type[KMSError], str, str]:
+    """Return the same for a botocore ClientError: of STS, behind the role or token."""
+    answer = error.response.get("Error") or {}
+    status = (error.response.get("ResponseMetadata") or {}).get("HTTPStatusCode") or 0
+    code = str(answer.get("Code") or "")
+    kind, code, message = _refused(status, code, answer.get("Message"))
+    kind = kind if issubclass(kind, KMSUnavailable) else KMSCredentialsError
+    return kind, code, f"{error.operation_name}: {message or code}"
 
 
 def _line(text: object) -> str:
@@ -176,8 +206,7 @@ class Answer:
     """
     A successful answer of KMS, read with suspicion.
 
-    botocore reports success for a truncated or empty body, so every field that is read
-    must be there, of its type and not empty; else `KMSBadResponse`.
+    Every field that is read must be there, of its type and not empty; else `KMSBadResponse`.
     """
 
     data: Mapping[str, Any] = field(repr=False)
@@ -187,10 +216,13 @@ class Answer:
 
     def blob(self, name: str, size: int | None = None) -> bytes:
         """Return a field of bytes, `size` of them if it is given."""
-        value = self._field(name, bytes)
-        if size is not None and len(value) != size:
-            raise self._bad(f"{name} has the wrong length")
-        return bytes(value)
+        try:
+            value = b64decode(self._field(name, str), validate=True)
+        except (binascii.Error, ValueError):
+            raise self.bad(f"{name} is not base64") from None
+        if not value or (size is not None and len(value) != size):
+            raise self.bad(f"{name} has the wrong length")
+        return value
 
     def text(self, name: str) -> str:
         return str(self._field(name, str))
@@ -201,28 +233,33 @@ class Answer:
     def flag(self, name: str) -> bool:
         value = self.data.get(name)
         if not isinstance(value, bool):
-            raise self._bad(f"{name} is missing")
+            raise self.bad(f"{name} is missing")
         return value
 
     def number(self, name: str, default: int) -> int:
         value = self.data.get(name, default)
         if not isinstance(value, int):
-            raise self._bad(f"{name} is not a number")
+            raise self.bad(f"{name} is not a number")
         return value
 
     def items(self, name: str) -> list[Answer]:
         """Return a field's structures; there may be none, but the field must be there."""
         values = self.data.get(name)
         if not isinstance(values, list):
-            raise self._bad(f"{name} is missing")
+            raise self.bad(f"{name} is missing")
         return [Answer(value, self.operation, self.key, self.request_ids) for value in values]
 
     def time(self, name: str) -> datetime.datetime | None:
         """Return a date in UTC, or None where there is none."""
         if name not in self.data:
             return None
-        value: datetime.datetime = self._field(name, datetime.datetime)
-        return value.astimezone(datetime.timezone.utc)
+        seconds = self.data[name]
+        if not isinstance(seconds, int | float) or isinstance(seconds, bool):
+            raise self.bad(f"{name} is not a time")
+        try:
+            return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+        except (OverflowError, OSError, ValueError):
+            raise self.bad(f"{name} is not a time") from None
 
     def inner(self, name: str) -> Answer:
         """Return the structure in a field, to be read in the same way."""
@@ -242,7 +279,7 @@ class Answer:
         try:
             resource = f"key/{value}" if bare else ARN.parse(value).resource
         except MalformedHash:
-            raise self._bad(f"{name} is not a key's ARN") from None
+            raise self.bad(f"{name} is not a key's ARN") from None
         if wanted.startswith("alias/") or not wanted:
             right = resource.startswith("key/")
         else:
@@ -250,16 +287,16 @@ class Answer:
         if home and not bare:  # an alias, too, only ever stands for a key of its own account
             right = right and value.startswith(f"{home}:")
         if not right:
-            raise self._bad(f"{name} names another key than the one asked for")
+            raise self.bad(f"{name} names another key than the one asked for")
         return asked if bare and wanted.startswith("key/") else value
 
     def _field(self, name: str, kind: type) -> Any:
         value = self.data.get(name)
-        if not isinstance(value, kind) or value in (b"", "", {}):
-            raise self._bad(f"{name} is missing or empty")
+        if not isinstance(value, kind) or value in ("", {}):
+            raise self.bad(f"{name} is missing or empty")
         return value
 
-    def _bad(self, reason: str) -> KMSBadResponse:
+    def bad(self, reason: str) -> KMSBadResponse:
         return KMSBadResponse(
             f"{KMSBadResponse.default_message[:-1]}: {reason}.",
             operation=self.operation,

@@ -1,0 +1,173 @@
+"""
+Calls to KMS in AWS's JSON protocol, with botocore's signer and HTTP session.
+
+A client of boto3 validates, resolves and parses by AWS's whole model of KMS: that is half of
+the CPU time of a login's call. Endpoint, credentials, proxies and certificates are the ones
+a client would use, and handlers of its "before-send" event, such as moto's, are asked.
+See https://smithy.io/2.0/aws/protocols/aws-json-1_1-protocol.html.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import random
+import socket
+import threading
+import time
+from base64 import b64encode
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest
+from botocore.httpsession import URLLib3Session
+from botocore.utils import get_environ_proxies
+
+from kms_hasher.exceptions import (
+    KMSConnectionError,
+    KMSHasherError,
+    KMSInternalError,
+    KMSThrottled,
+    KMSTimeout,
+)
+from kms_hasher.providers.aws_errors import Answer, read, translate
+
+if TYPE_CHECKING:
+    from botocore.client import BaseClient
+    from botocore.credentials import Credentials
+    from botocore.session import Session
+
+#: What another attempt may help against.
+TRANSIENT = (KMSConnectionError, KMSInternalError, KMSThrottled, KMSTimeout)
+
+#: Longest wait before another attempt, in seconds.
+PAUSE, PAUSE_THROTTLED = 0.05, 1.0
+
+#: How many attempts may fail before calls have one attempt only, and what part of one each
+#: call that KMS answers gives back: an outage must not double the load.
+RETRIES, REFUND = 100.0, 0.2
+
+_signing: ContextVar[bool] = ContextVar("kms_hasher_aws_signing", default=False)
+
+
+def _not_ours(_: logging.LogRecord) -> bool:
+    return not _signing.get()
+
+
+# At level DEBUG it writes each request's SHA-256: whoever can compute an Encrypt's but for
+# the digest could try passwords against that, without a call to KMS.
+logging.getLogger("botocore.auth").addFilter(_not_ours)
+
+
+class Endpoint:
+    """
+    KMS in one Region, for one process. Threads share it.
+
+    `client` tells the endpoint and the Region, and is not called.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        credentials: Credentials,
+        client: BaseClient,
+        *,
+        user_agent: str,
+        timeouts: tuple[float, float],
+        attempts: int,
+        max_pool_connections: int,
+    ) -> None:
+        self.region: str = client.meta.region_name
+        self.url = client.meta.endpoint_url.rstrip("/") + "/"
+        self.timeouts, self.attempts = timeouts, attempts
+        self.verify = session.get_config_variable("ca_bundle") or True
+        self.proxies = get_environ_proxies(self.url)
+        self._events = client.meta.events
+        self._credentials = credentials
+        self._headers = {
+            "Content-Type": "application/x-amz-json-1.1",
+            "User-Agent": user_agent,
+        }
+        session_class: Any = URLLib3Session  # botocore's stubs are wrong about it
+        self._http = session_class(
+            verify=self.verify,
+            proxies=self.proxies,
+            timeout=timeouts,
+            max_pool_connections=max_pool_connections,
+            socket_options=[
+                (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+                (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            ],
+        )
+        self._retries, self._lock = RETRIES, threading.Lock()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def sign(self, operation: str, params: Mapping[str, Any]) -> AWSPreparedRequest:
+        """Return a request ready to be sent, within minutes. May fetch credentials."""
+        encoded = {
+            name: b64encode(value).decode() if isinstance(value, bytes) else value
+            for name, value in params.items()
+        }
+        request = AWSRequest(
+            method="POST",
+            url=self.url,
+            data=json.dumps(encoded).encode(),
+            headers={**self._headers, "X-Amz-Target": f"TrentService.{operation}"},
+        )
+        frozen = self._credentials.get_frozen_credentials()
+        token = _signing.set(True)
+        try:
+            SigV4Auth(frozen, "kms", self.region).add_auth(request)
+        finally:
+            _signing.reset(token)
+        return request.prepare()
+
+    def answer_of(self, request: AWSPreparedRequest, operation: str) -> Any:
+        """Return the answer that a handler of botocore's event gives, None if none does."""
+        answers = self._events.emit(f"before-send.kms.{operation}", request=request)
+        return next((answer for _, answer in answers if answer is not None), None)
+
+    def call(self, operation: str, key: str, params: Mapping[str, Any]) -> Answer:
+        """Return KMS's answer. Raises `KMSError`, and what fetching credentials raises."""
+        request = self.sign(operation, params)
+        request_ids: list[str] = []
+        for attempt in itertools.count(1):
+            failure = None
+            try:
+                response = self.answer_of(request, operation) or self._http.send(request)
+                if request_id := response.headers.get("x-amzn-requestid"):
+                    request_ids.append(request_id)
+                status, content = response.status_code, response.content
+                answer = read(status, content, operation, key, request_ids)
+            except Exception as error:  # noqa: BLE001  # whatever botocore comes upon
+                failure = translate(
+                    error, operation=operation, key=key, request_ids=request_ids
+                )
+            pause = self.pause(attempt, failure)
+            if pause is None:
+                break
+            time.sleep(pause)
+        if failure:  # out here, so that botocore's error is not its context
+            raise failure
+        return answer
+
+    def pause(self, attempt: int, failure: KMSHasherError | None) -> float | None:
+        """
+        Return how long to wait before the next attempt in seconds; None for no other.
+
+        To be called after each attempt, the first being 1, with what went wrong.
+        """
+        again = isinstance(failure, TRANSIENT) and attempt < self.attempts
+        with self._lock:
+            if not isinstance(failure, TRANSIENT):
+                self._retries = min(self._retries + REFUND, RETRIES)
+            if not again or self._retries < 1:
+                return None
+            self._retries -= 1
+        throttled = isinstance(failure, KMSThrottled)
+        return random.uniform(0, PAUSE_THROTTLED if throttled else PAUSE)  # noqa: S311
