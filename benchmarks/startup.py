@@ -1,13 +1,14 @@
 """
 What the app adds to the start of a process, and to its first login.
 
-    python -m benchmarks.startup [--quick]
+    python -m benchmarks.startup [--quick | --instructions]
 
 Each start is a new Python process, with and without the app in turn; the two projects have
 the same settings but for the app, its hasher and its backend. "p50" and "best" are of the
 time that passes, "CPU" is the median of the CPU time; each ratio is the median of the ratios
 of neighbours, or that of the two best. KMS is the stub of benchmarks.stub at 25 ms. What was
-imported is looked up in `sys.modules` at the end of each start.
+imported is looked up in `sys.modules` at the end of each start. `--instructions` counts what
+each start executes instead, once and under valgrind: a busy machine changes nothing in that.
 """
 
 from __future__ import annotations
@@ -90,12 +91,40 @@ print(make_password("correct horse"))
 """
 
 
-def python(code: str, settings: str, *arguments: str) -> tuple[float, float, str]:
-    """Run a new process; return its wall and CPU milliseconds and what it printed last."""
-    env = {
+def environment(settings: str) -> dict[str, str]:
+    return {
         "DJANGO_SETTINGS_MODULE": settings.rpartition("/")[2],
         "PYTHONPATH": os.pathsep.join([settings.rpartition("/")[0], str(ROOT)]),
+        "PYTHONHASHSEED": "0",
     }
+
+
+def instructions(without: str, with_: str) -> None:
+    print("\nInstructions that a start executes, in millions; this takes ten minutes")
+    print(f"{'':36}{'':>9}{'with':>7}{'ratio':>7}")
+    valgrind = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"]
+    for name, codes in STARTS.items():
+        arguments = name.split()[1:] if name.startswith("manage.py") else []
+        counts = []
+        for code, settings in zip(codes, (without, with_), strict=True):
+            python(code, settings, *arguments)  # writes the byte code
+            done = subprocess.run(
+                [*valgrind, sys.executable, "-c", code, *arguments],
+                env=os.environ | environment(settings),
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            counts.append(int(done.stderr.rpartition("Collected : ")[2].split()[0]) / 1e6)
+        print(
+            f"{name:36}{counts[0]:9.0f}{counts[1]:7.0f}{counts[1] / counts[0]:7.3f}", flush=True
+        )
+
+
+def python(code: str, settings: str, *arguments: str) -> tuple[float, float, str]:
+    """Run a new process; return its wall and CPU milliseconds and what it printed last."""
+    env = environment(settings)
     command = [sys.executable, "-c", code, *arguments]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
@@ -154,15 +183,20 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="a few starts: to see it work")
-    n = 3 if parser.parse_args().quick else 21
+    parser.add_argument("--instructions", action="store_true", help="count, with valgrind")
+    options = parser.parse_args()
+    n = 3 if options.quick else 21
     os.environ.pop("DATABASE_URL", None)
     print(stub.environment())
     with tempfile.TemporaryDirectory() as directory, stub.running(25):
         for name, app in (("without_app", False), ("with_app", True)):
             Path(directory, f"{name}.py").write_text(SETTINGS.format(app=app))
         sides = f"{directory}/without_app", f"{directory}/with_app"
-        starts(*sides, n)
-        first_login(*sides, min(n, 9))
+        if options.instructions:
+            instructions(*sides)
+        else:
+            starts(*sides, n)
+            first_login(*sides, min(n, 9))
     print(stub.environment())
 
 

@@ -8,7 +8,6 @@ that Django's `override_settings` works everywhere.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +88,7 @@ class Conf:
         if not arn.resource.startswith(("alias/", "key/mrk-")):
             return []
         others = (region for region in self.fallback_regions if region != arn.region)
-        return [str(dataclasses.replace(arn, region=region)) for region in others]
+        return [str(arn._replace(region=region)) for region in others]
 
 
 #: What the setting was when it was last read, and the `Conf` that came of it.

@@ -24,6 +24,7 @@ import hashlib
 import re
 import uuid
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kms_hasher.exceptions import MalformedHash
 
@@ -126,8 +127,7 @@ def _checksum(mark: str, raw: bytes) -> bytes:
     return binascii.crc_hqx(mark.encode("ascii") + raw, 0).to_bytes(2, "big")
 
 
-@dataclass(frozen=True)
-class ARN:
+class ARN(NamedTuple):
     """The parts of a KMS ARN; `resource` is `key/<id>` or `alias/<name>`."""
 
     partition: str
@@ -155,8 +155,7 @@ class ARN:
 # --- the parts that sealing leaves alone --------------------------------------------
 
 
-@dataclass(frozen=True)
-class Argon2Parameters:
+class Argon2Parameters(NamedTuple):
     """Argon2's costs (RFC 9106): `memory_cost` in KiB, `time_cost` in passes."""
 
     memory_cost: int

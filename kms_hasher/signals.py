@@ -8,7 +8,7 @@ salt or a user's name.
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from django.dispatch import Signal
 from django.utils.translation import gettext_noop as _
@@ -49,8 +49,7 @@ PARSE = "Parse"
 CIRCUIT_BREAKER = "CircuitBreaker"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(NamedTuple):
     """
     One call to KMS, or one of the two things above.
 
