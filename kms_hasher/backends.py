@@ -85,10 +85,11 @@ class KMSModelBackend(ModelBackend):
         # arguments: asgiref's frames in between would show them.
         @sensitive_variables()
         def check() -> bool:
-            if user is None or not _is_checkable(user.password):
-                check_decoy(password)
-                return False
-            return check_password(password, user.password, upgrade.append)
+            with background.beside_loop():
+                if user is None or not _is_checkable(user.password):
+                    check_decoy(password)
+                    return False
+                return check_password(password, user.password, upgrade.append)
 
         @sensitive_variables()
         def do_upgrade() -> None:

@@ -7,12 +7,14 @@ call that finds them all busy, or the interpreter about to end, is made by the c
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -32,6 +34,13 @@ def _count_processors() -> int:
 
 
 _processors = threading.BoundedSemaphore(_count_processors())
+
+#: By how much the priority of a computation beside an event loop is lower, as of nice(1).
+#: Argon2's eight threads together still weigh nearly what one of normal priority does.
+NICE = 10
+
+_beside_loop: ContextVar[bool] = ContextVar("kms_hasher_beside_loop", default=False)
+_nice_executor: ThreadPoolExecutor | None = None
 
 
 def start(call: Callable[[], T]) -> Future[T]:
@@ -69,7 +78,41 @@ def compute(call: Callable[[], T]) -> T:
         result: T = gevent.get_hub().threadpool.apply(call)
         return result
     with _processors:
+        if _beside_loop.get():
+            return _nice_threads().submit(contextvars.copy_context().run, call).result()
         return call()
+
+
+@contextlib.contextmanager
+def beside_loop() -> Iterator[None]:
+    """
+    Let computations of the block give way to the event loop of the process.
+
+    Argon2 computes in several threads of the C library; at equal priority each has its
+    turn before the loop has, which may be 30 ms later. With nothing else to do for the
+    processors it takes as long as ever.
+    """
+    token = _beside_loop.set(True)
+    try:
+        yield
+    finally:
+        _beside_loop.reset(token)
+
+
+def _nice_threads() -> ThreadPoolExecutor:
+    global _nice_executor
+    with _lock:
+        if _nice_executor is None:
+            _nice_executor = ThreadPoolExecutor(
+                _count_processors(), "kms_hasher-nice", initializer=_be_nice
+            )
+        return _nice_executor
+
+
+def _be_nice() -> None:
+    if sys.platform == "linux":  # where a thread has a priority of its own
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
 
 
 def _threads() -> ThreadPoolExecutor:
@@ -93,8 +136,8 @@ def _run(call: Callable[[], T], future: Future[T], claim: threading.Lock) -> Non
 
 def _after_fork() -> None:  # pragma: no cover: it runs in a child
     # The parent's threads do not exist here: what is given to them would never be done.
-    global _lock, _executor, _free, _processors
-    _lock, _executor = threading.Lock(), None
+    global _lock, _executor, _free, _processors, _nice_executor
+    _lock, _executor, _nice_executor = threading.Lock(), None, None
     _free = threading.BoundedSemaphore(MAX_THREADS)
     _processors = threading.BoundedSemaphore(_count_processors())
 

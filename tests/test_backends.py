@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +22,7 @@ from django.contrib.auth.models import Group, Permission, User
 from django.contrib.auth.signals import user_login_failed
 from django.contrib.contenttypes.models import ContentType
 
-from kms_hasher import backends, exceptions, hashers, keyring
+from kms_hasher import backends, background, exceptions, hashers, keyring
 from kms_hasher.backends import KMSModelBackend
 from kms_hasher.providers.base import Provider
 
@@ -400,6 +402,49 @@ class TestEventLoop:
             return (await asyncio.gather(release(), *attempts))[1:]
 
         assert async_to_sync(everyone)() == [user if name == "anna" else None] * 4
+
+
+@pytest.mark.parametrize("name", ["anna", "nobody"])
+def test_argon2_gives_way_to_the_event_loop_and_to_nothing_else(
+    name: str, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off the loop it runs at a lower priority; elsewhere, and the call to KMS, at its own."""
+    backends.prewarm()
+    asked: list[int] = []
+    computed: list[int] = []
+    provider = keyring.provider()
+    decrypt, digest = provider.decrypt, hashers.KMSArgon2PasswordHasher._digest
+
+    def nice() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        asked.append(nice())
+        return decrypt(*args, **kwargs)
+
+    def compute(*args: Any) -> bytes:
+        computed.append(nice())
+        return digest(*args)
+
+    monkeypatch.setattr(provider, "decrypt", ask)
+    monkeypatch.setattr(hashers.KMSArgon2PasswordHasher, "_digest", compute)
+    own = nice()
+    for attempt in (asign_in, sign_in, asign_in):
+        attempt(name)
+    lower = min(own + background.NICE, 19) if sys.platform == "linux" else own
+    assert asked == [own] * 3
+    assert computed == [lower, own, lower]
+
+
+def test_a_priority_that_cannot_be_lowered_stops_no_login(
+    user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(background, "_nice_executor", None)
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert asign_in() == user
 
 
 # --- the upgrade of a hash that is not sealed yet -----------------------------------

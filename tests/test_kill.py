@@ -23,6 +23,8 @@ from typing import Any
 import pytest
 from django.db import connection
 
+pytestmark = pytest.mark.slow
+
 FULL = bool(os.environ.get("KMS_HASHER_FULL"))
 KILLS = 50 if FULL else 5
 USERS = 10_000 if FULL else 500

@@ -49,6 +49,8 @@ from kms_hasher.providers.aws_errors import EXCEPTIONS, MISCONFIGURED, Answer, t
 from tests.contract import ProviderContract, StrictProviderContract
 from tests.kms_double import ACCOUNT, OTHER_KEY, REGION, SPOILT, KMSDouble
 
+pytestmark = pytest.mark.slow
+
 PLAINTEXT = b"the digest that must not leak!!!"
 CONTEXT = {"app": "tests"}
 ROLE = f"arn:aws:iam::{ACCOUNT}:role/passwords"

@@ -27,6 +27,8 @@ from kms_hasher.providers._keyfile import KeyFile
 from kms_hasher.providers.local import LocalProvider
 from tests.contract import CONTEXT, SECRET, StrictProviderContract, silent
 
+pytestmark = pytest.mark.slow
+
 
 def local(path, **options):
     return LocalProvider(path, **{"allow_without_debug": True, **options})

@@ -40,6 +40,8 @@ from tests import kms_double
 from tests.hashers import CheapKMSArgon2PasswordHasher
 from tests.kms_double import REGION, SPOILT, KMSDouble
 
+pytestmark = pytest.mark.slow
+
 FULL = bool(os.environ.get("KMS_HASHER_FULL"))
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,6 +25,8 @@ import pytest
 
 from tests.kms_double import REGION, KMSDouble
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 USERS = 4
 
