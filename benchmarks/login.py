@@ -3,7 +3,7 @@ What sealing costs a password check, beside Django's own Argon2 hasher.
 
     python -m benchmarks.login [--quick] [--pairs 60] [--only latency,threads,allocator]
 
-KMS is a stub of constant latency in a process of its own, reached by the real boto3 client.
+KMS is a stub of constant latency in a process of its own, reached by the aws provider.
 Stock and ours take turns, check by check, in one process, and each takes the first turn in
 half of the pairs: what the machine does meanwhile happens to both. "p50 x" is the ratio of
 the medians, "diff" the median of the pairwise differences, "CPU" the same of the CPU time of
