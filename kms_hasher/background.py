@@ -111,8 +111,10 @@ def _nice_threads() -> ThreadPoolExecutor:
 
 def _be_nice() -> None:
     if sys.platform == "linux":  # where a thread has a priority of its own
+        thread = threading.get_native_id()
         with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            nice = os.getpriority(os.PRIO_PROCESS, thread) + NICE
+            os.setpriority(os.PRIO_PROCESS, thread, min(nice, 19))
 
 
 def _threads() -> ThreadPoolExecutor:
