@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import datetime
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -45,6 +48,7 @@ from kms_hasher.exceptions import (
     LimitExceeded,
 )
 from kms_hasher.providers.aws import AWSProvider
+from kms_hasher.providers.aws_async import parse
 from kms_hasher.providers.aws_errors import EXCEPTIONS, MISCONFIGURED, Answer, translate
 from tests.contract import ProviderContract, StrictProviderContract
 from tests.kms_double import ACCOUNT, OTHER_KEY, REGION, SPOILT, KMSDouble
@@ -139,7 +143,19 @@ CALLS = {
     "Decrypt": lambda p, w: p.decrypt(w.arn, w.blob, CONTEXT),
     "ReEncrypt": lambda p, w: p.re_encrypt(w.arn, w.blob, CONTEXT, w.arn, CONTEXT),
     "DescribeKey": lambda p, w: p.describe_key(w.arn),
+    "ReEncrypt, async": lambda p, w: asyncio.run(on_loop(p, w.arn, w.blob, CONTEXT, w.arn)),
 }
+
+
+async def on_loop(provider, *arguments):
+    try:
+        return await provider.are_encrypt(*arguments, CONTEXT)
+    finally:
+        await provider.aclose()
+
+
+def name_of(operation):
+    return operation.partition(",")[0]
 
 
 # --- what every provider must do ------------------------------------------------------
@@ -232,11 +248,11 @@ class TestFaults:
     @pytest.mark.parametrize("fault", {**REFUSALS, **PAGES})
     def test_refusal(self, double, shared, world, operation, fault):
         kind, attempts = {**REFUSALS, **PAGES}[fault]
-        double.fail(operation, fault)
+        double.fail(name_of(operation), fault)
         error = failing(shared, world, operation)
         assert type(error) is kind
         assert error.code == fault.partition(": ")[0].replace("http_", "HTTP")
-        assert (error.operation, error.key) == (operation, world.arn)
+        assert (error.operation, error.key) == (name_of(operation), world.arn)
         assert error.request_ids == tuple(request.request_id for request in double.requests)
         assert len(error.request_ids) == attempts
         assert "<html>" not in str(error)
@@ -244,13 +260,13 @@ class TestFaults:
     @each_operation
     @pytest.mark.parametrize("fault", sorted(SPOILT.keys() - UNDETECTABLE))
     def test_spoilt_success(self, double, shared, world, operation, fault):
-        double.fail(operation, fault)
+        double.fail(name_of(operation), fault)
         if operation == "DescribeKey" and fault in SPOILT_BLOBS:
             assert shared.describe_key(world.arn).key_arn == world.arn  # it has no blobs
             return
         error = failing(shared, world, operation)
         assert type(error) is KMSBadResponse
-        assert (error.operation, error.key) == (operation, world.arn)
+        assert (error.operation, error.key) == (name_of(operation), world.arn)
         # Asked once: a second answer would be no better founded than the first.
         assert error.request_ids == tuple(request.request_id for request in double.requests)
         assert len(error.request_ids) == 1
@@ -268,12 +284,12 @@ class TestFaults:
         ("fault", "kind"), [("hang", KMSTimeout), ("reset", KMSConnectionError)]
     )
     def test_no_answer(self, double, hurried, world, operation, fault, kind):
-        double.fail(operation, fault)
+        double.fail(name_of(operation), fault)
         begun = time.monotonic()
         error = failing(hurried, world, operation)
         assert type(error) is kind
         assert time.monotonic() - begun < 2 * SHORT["read_timeout"] + 1
-        assert (error.operation, error.key) == (operation, world.arn)
+        assert (error.operation, error.key) == (name_of(operation), world.arn)
         assert error.request_ids == ()
         assert len(double.requests) == 2
 
@@ -286,7 +302,8 @@ class TestFaults:
             double.fail("*", "refused")
             error = failing(provider, world, operation)
             assert type(error) is KMSConnectionError
-            assert error.code == "EndpointConnectionError"
+            refused = "ConnectionRefusedError" if "async" in operation else None
+            assert error.code == (refused or "EndpointConnectionError")
             assert error.request_ids == ()
 
     def test_a_host_that_is_not_there(self, monkeypatch, world):
@@ -397,6 +414,173 @@ def test_an_alias_may_lag(double, shared, world):
     shared.update_alias("alias/passwords", other)
     used = [shared.encrypt("alias/passwords", PLAINTEXT, CONTEXT).key_arn for _ in range(4)]
     assert used == [world.arn, world.arn, other, other]
+
+
+# --- on an event loop -----------------------------------------------------------------
+
+
+async def many(provider, world, number):
+    async def one(digest):
+        sealed = await asyncio.to_thread(provider.encrypt, world.arn, digest, CONTEXT)
+        moved = await provider.are_encrypt(
+            world.arn, sealed.ciphertext, CONTEXT, world.arn, CONTEXT
+        )
+        opened = await asyncio.to_thread(provider.decrypt, world.arn, moved.ciphertext, CONTEXT)
+        assert opened.plaintext == digest
+        return moved.request_ids[-1]
+
+    try:
+        return await asyncio.gather(*(one(f"{n:032}".encode()) for n in range(number)))
+    finally:
+        await provider.aclose()
+
+
+def test_each_caller_on_a_loop_gets_its_own_answer(double, world, impatient):
+    provider = AWSProvider(attempts=25)
+    double.fail("ReEncrypt", "ThrottlingException", times=20)
+    for _ in range(2):  # each loop has connections of its own
+        ids = asyncio.run(many(provider, world, 64))
+        assert len(set(ids)) == 64
+    asked = {r.request_id for r in double.requests if r.operation == "ReEncrypt"}
+    assert set(ids) <= asked
+    assert len(asked) == 2 * 64 + 20
+
+
+def test_a_connection_of_a_loop_is_kept(double, world):
+    provider = AWSProvider()
+
+    async def some():
+        for _ in range(5):
+            await provider.are_encrypt(world.arn, world.blob, CONTEXT, world.arn, CONTEXT)
+        await provider.aclose()
+
+    asyncio.run(some())
+    assert len({request.port for request in double.requests}) == 1
+
+
+def test_after_a_timeout_a_connection_is_not_used_again(double, hurried, world):
+    async def some():
+        double.fail("ReEncrypt", "hang", times=1)
+        for _ in range(2):
+            await hurried.are_encrypt(world.arn, world.blob, CONTEXT, world.arn, CONTEXT)
+        await hurried.aclose()
+
+    asyncio.run(some())
+    hung, *others = (request.port for request in double.requests)
+    assert len(others) == 2
+    assert hung not in others
+
+
+def test_through_a_proxy_a_loop_uses_threads(double, monkeypatch, world):
+    monkeypatch.setenv("HTTP_PROXY", double.url)
+    provider = AWSProvider()
+    moved = CALLS["ReEncrypt, async"](provider, world)
+    assert moved.key_arn == world.arn
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    error = failing(AWSProvider(**SHORT), world, "ReEncrypt, async")
+    assert type(error) is KMSConnectionError
+    assert error.code == "ProxyConnectionError"
+
+
+def test_moto_answers_on_a_loop_too(without_endpoint):
+    with moto.mock_aws():
+        arn = without_endpoint.create_key().key_arn
+        blob = without_endpoint.encrypt(arn, PLAINTEXT, CONTEXT).ciphertext
+        moved = asyncio.run(on_loop(without_endpoint, arn, blob, CONTEXT, arn))
+        opened = without_endpoint.decrypt(arn, moved.ciphertext, CONTEXT)
+    assert opened.plaintext == PLAINTEXT
+
+
+def test_an_interrupted_call_is_not_answered_to_the_next(double, world):
+    provider = AWSProvider()
+
+    async def some():
+        await provider.are_encrypt(world.arn, world.blob, CONTEXT, world.arn, CONTEXT)
+        double.fail("ReEncrypt", "slow", times=1)
+        call = provider.are_encrypt(world.arn, world.blob, CONTEXT, world.arn, CONTEXT)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(call, 0.05)
+        await provider.are_encrypt(world.arn, world.blob, CONTEXT, world.arn, CONTEXT)
+        await provider.aclose()
+
+    asyncio.run(some())
+    first, second, third = (request.port for request in double.requests)
+    assert first == second != third
+
+
+HEAD = b"HTTP/1.1 200 OK\r\nX-Amzn-RequestId: abc\r\n"
+
+
+@pytest.mark.parametrize(
+    ("received", "ended", "content"),
+    [
+        (HEAD + b"Content-Length: 2\r\n\r\n{}", False, b"{}"),
+        (HEAD + b"content-length:2\r\n\r\n{", False, None),
+        (HEAD + b"Content-Length: 0\r\n\r\n", False, b""),
+        (HEAD[:-2], False, None),
+        (HEAD, True, None),
+        (HEAD + b"\r\n{}", False, None),
+        (HEAD + b"\r\n{}", True, b"{}"),
+        (
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n1;x=y\r\n}\r\n0\r\n\r\n",
+            0,
+            b"{}",
+        ),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n", False, None),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{", False, None),
+    ],
+)
+def test_an_answer_is_read_when_it_is_whole(received, ended, content):
+    response = parse(received, ended=bool(ended))
+    assert (response and response.content) == content
+    if response:
+        assert response.status_code == 200
+        assert response.headers["x-amzn-requestid"] == "abc"
+
+
+@pytest.mark.parametrize(
+    "received",
+    [
+        b"HTTP/1.1\r\n\r\n",
+        b"SSH-2.0 hello\r\n\r\n",
+        HEAD + b"Content-Length: x\r\n\r\n",
+        HEAD + b"Content-Length: 1\r\n\r\n{}",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    ],
+)
+def test_what_is_no_http_is_no_answer(received):
+    with pytest.raises((ValueError, IndexError)):
+        parse(received, ended=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (b"SSH-2.0 hello\r\n\r\n", "KMSBadResponse"),
+        (HEAD + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_100_000, "KMSBadResponse"),
+        (b"", "ConnectionResetError"),
+        (HEAD + b"\r\n" + b"<html>", "KMSBadResponse"),
+    ],
+)
+def test_a_server_that_is_not_kms(answer, code, world, monkeypatch):
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", url)
+        error = failing(AWSProvider(**SHORT), world, "ReEncrypt, async")
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    assert error.code == code
+    assert isinstance(error, KMSUnavailable)
 
 
 # --- what goes wrong inside the client ------------------------------------------------

@@ -128,6 +128,19 @@ class AWSProvider(Operations):
             failure = translate(error, operation=operation, key=key)
         raise failure  # out here, so that botocore's error is not its context
 
+    async def _acall(self, method: str, key: str, *others: str, **params: Any) -> Answer:
+        operation = OPERATIONS[method]
+        try:
+            return await self._endpoint_for(key, *others).acall(operation, key, params)
+        except Exception as error:  # noqa: BLE001
+            failure = translate(error, operation=operation, key=key)
+        raise failure
+
+    async def aclose(self) -> None:
+        """Drop the connections of the running event loop, before it ends."""
+        for endpoint in self._process.endpoints.values():
+            endpoint.close_loop()
+
     def _endpoint_for(self, *keys: str) -> Endpoint:
         """Return KMS in the Region that all `keys` are in."""
         first, *rest = (self._endpoint(_region(key)) for key in keys)

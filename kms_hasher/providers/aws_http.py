@@ -9,6 +9,7 @@ See https://smithy.io/2.0/aws/protocols/aws-json-1_1-protocol.html.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import logging
@@ -20,6 +21,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from botocore.auth import SigV4Auth
 from botocore.awsrequest import AWSPreparedRequest, AWSRequest
@@ -33,6 +35,7 @@ from kms_hasher.exceptions import (
     KMSThrottled,
     KMSTimeout,
 )
+from kms_hasher.providers.aws_async import Connections
 from kms_hasher.providers.aws_errors import Answer, read, translate
 
 if TYPE_CHECKING:
@@ -102,6 +105,8 @@ class Endpoint:
                 (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
             ],
         )
+        self._of_loops: WeakKeyDictionary[asyncio.AbstractEventLoop, Connections]
+        self._of_loops = WeakKeyDictionary()
         self._retries, self._lock = RETRIES, threading.Lock()
 
     def close(self) -> None:
@@ -140,10 +145,7 @@ class Endpoint:
             failure = None
             try:
                 response = self.answer_of(request, operation) or self._http.send(request)
-                if request_id := response.headers.get("x-amzn-requestid"):
-                    request_ids.append(request_id)
-                status, content = response.status_code, response.content
-                answer = read(status, content, operation, key, request_ids)
+                answer = self._read(response, operation, key, request_ids)
             except Exception as error:  # noqa: BLE001  # whatever botocore comes upon
                 failure = translate(
                     error, operation=operation, key=key, request_ids=request_ids
@@ -155,6 +157,47 @@ class Endpoint:
         if failure:  # out here, so that botocore's error is not its context
             raise failure
         return answer
+
+    async def acall(self, operation: str, key: str, params: Mapping[str, Any]) -> Answer:
+        """Do the same on an event loop; through a proxy, in a thread."""
+        if self.proxies:
+            return await asyncio.to_thread(self.call, operation, key, params)
+        request = self.sign(operation, params)
+        connections = self._connections()
+        request_ids: list[str] = []
+        for attempt in itertools.count(1):
+            failure = None
+            try:
+                response = self.answer_of(request, operation)
+                response = response or await connections.send(request)
+                answer = self._read(response, operation, key, request_ids)
+            except Exception as error:  # noqa: BLE001
+                failure = translate(
+                    error, operation=operation, key=key, request_ids=request_ids
+                )
+            pause = self.pause(attempt, failure)
+            if pause is None:
+                break
+            await asyncio.sleep(pause)
+        if failure:
+            raise failure
+        return answer
+
+    def _connections(self) -> Connections:
+        loop = asyncio.get_running_loop()
+        if loop not in self._of_loops:
+            self._of_loops[loop] = Connections(self.url, self.verify, self.timeouts)
+        return self._of_loops[loop]
+
+    def close_loop(self) -> None:
+        """Drop the connections of the running event loop."""
+        if connections := self._of_loops.pop(asyncio.get_running_loop(), None):
+            connections.close()
+
+    def _read(self, response: Any, operation: str, key: str, request_ids: list[str]) -> Answer:
+        if request_id := response.headers.get("x-amzn-requestid"):
+            request_ids.append(request_id)
+        return read(response.status_code, response.content, operation, key, request_ids)
 
     def pause(self, attempt: int, failure: KMSHasherError | None) -> float | None:
         """

@@ -7,8 +7,9 @@ See https://docs.aws.amazon.com/kms/latest/APIReference/.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from kms_hasher.exceptions import InvalidCiphertext, KMSError
@@ -63,6 +64,10 @@ class Operations:
 
         `method` is its name in snake_case. Raises `KMSError`.
         """
+        raise NotImplementedError
+
+    async def _acall(self, method: str, key: str, *others: str, **params: Any) -> Answer:
+        """Do the same on an event loop."""
         raise NotImplementedError
 
     # --- what a login or a change of password needs ----------------------------------
@@ -128,36 +133,33 @@ class Operations:
         algorithm: str = SYMMETRIC_DEFAULT,
         dry_run: bool = False,
     ) -> ReEncrypted:
-        try:
-            answer = self._call(
-                "re_encrypt",
-                key,
-                source_key,
-                SourceKeyId=source_key,
-                CiphertextBlob=ciphertext,
-                SourceEncryptionAlgorithm=source_algorithm,
-                DestinationKeyId=key,
-                DestinationEncryptionAlgorithm=algorithm,
-                **_optional(
-                    SourceEncryptionContext=dict(source_context),
-                    DestinationEncryptionContext=dict(context),
-                    DryRun=dry_run,
-                ),
-            )
-        except KMSError as error:
-            # The error's key is the one it is about: KMS tells that by its text alone.
-            named = source_key in error.message and key not in error.message
-            if named or isinstance(error, InvalidCiphertext):
-                error.key = source_key
-            raise
-        return ReEncrypted(
-            key_arn=answer.arn(asked=key),
-            request_ids=answer.request_ids,
-            ciphertext=answer.blob("CiphertextBlob"),
-            source_key_arn=answer.arn("SourceKeyId", asked=source_key),
-            source_key_material_id=answer.optional_text("SourceKeyMaterialId"),
-            key_material_id=answer.optional_text("DestinationKeyMaterialId"),
+        params = _re_encryption(
+            source_key,
+            ciphertext,
+            source_context,
+            key,
+            context,
+            source_algorithm,
+            algorithm,
+            dry_run,
         )
+        with _blaming(source_key, key):
+            answer = self._call("re_encrypt", key, source_key, **params)
+        return _re_encrypted(answer, source_key, key)
+
+    async def are_encrypt(
+        self,
+        source_key: str,
+        ciphertext: bytes,
+        source_context: Context,
+        key: str,
+        context: Context,
+    ) -> ReEncrypted:
+        """The same on an event loop: a rotation makes millions of these."""
+        params = _re_encryption(source_key, ciphertext, source_context, key, context)
+        with _blaming(source_key, key):
+            answer = await self._acall("re_encrypt", key, source_key, **params)
+        return _re_encrypted(answer, source_key, key)
 
     @_opaque
     def generate_mac(self, key: str, message: bytes) -> Mac:
@@ -281,6 +283,53 @@ class Operations:
         name = alias.rpartition(":")[2]  # KMS takes the name alone here, no ARN
         answer = self._call(method, alias, key, AliasName=name, TargetKeyId=key)
         return Result(key_arn=key, request_ids=answer.request_ids)
+
+
+def _re_encryption(
+    source_key: str,
+    ciphertext: bytes,
+    source_context: Context,
+    key: str,
+    context: Context,
+    source_algorithm: str = SYMMETRIC_DEFAULT,
+    algorithm: str = SYMMETRIC_DEFAULT,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    return {
+        "SourceKeyId": source_key,
+        "CiphertextBlob": ciphertext,
+        "SourceEncryptionAlgorithm": source_algorithm,
+        "DestinationKeyId": key,
+        "DestinationEncryptionAlgorithm": algorithm,
+        **_optional(
+            SourceEncryptionContext=dict(source_context),
+            DestinationEncryptionContext=dict(context),
+            DryRun=dry_run,
+        ),
+    }
+
+
+@contextlib.contextmanager
+def _blaming(source_key: str, key: str) -> Iterator[None]:
+    """Let an error name the key it is about: KMS tells that by its text alone."""
+    try:
+        yield
+    except KMSError as error:
+        named = source_key in error.message and key not in error.message
+        if named or isinstance(error, InvalidCiphertext):
+            error.key = source_key
+        raise
+
+
+def _re_encrypted(answer: Answer, source_key: str, key: str) -> ReEncrypted:
+    return ReEncrypted(
+        key_arn=answer.arn(asked=key),
+        request_ids=answer.request_ids,
+        ciphertext=answer.blob("CiphertextBlob"),
+        source_key_arn=answer.arn("SourceKeyId", asked=source_key),
+        source_key_material_id=answer.optional_text("SourceKeyMaterialId"),
+        key_material_id=answer.optional_text("DestinationKeyMaterialId"),
+    )
 
 
 def _optional(**params: Any) -> dict[str, Any]:
