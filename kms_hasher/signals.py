@@ -7,7 +7,10 @@ salt or a user's name.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import NamedTuple
 
 from django.dispatch import Signal
@@ -17,6 +20,12 @@ from kms_hasher import exceptions
 
 #: Sent with `event`, an `Event`, after each call to KMS and each refusal of a stored value.
 kms_event = Signal()
+
+#: Sent with `events`, a sequence of those that `kms_event` was just sent for: one for a
+#: login, hundreds at once for a rotation. It is for what stores them.
+kms_events = Signal()
+
+_held: ContextVar[list[Event] | None] = ContextVar("kms_hasher_held_events", default=None)
 
 # What came of a call; marked for translation in the admin.
 SUCCESS = _("success")
@@ -76,12 +85,37 @@ def outcome_of(error: Exception) -> str:
 
 
 def emit(event: Event) -> None:
+    """Send `event` to all receivers, as `emit_all`; or hold it back, in a `held` block."""
+    held = _held.get()
+    if held is None:
+        emit_all([event])
+    else:
+        held.append(event)
+
+
+def emit_all(events: Sequence[Event]) -> None:
     """
-    Send `event` to all receivers.
+    Send the events to all receivers.
 
     A receiver that fails is logged by Django and stops nothing, but for `AuditError`: the
     site has asked that a call which cannot be recorded shall fail.
     """
-    for _receiver, response in kms_event.send_robust(sender=Event, event=event):
+    responses = []
+    for event in events:
+        responses += kms_event.send_robust(sender=Event, event=event)
+    if events:
+        responses += kms_events.send_robust(sender=Event, events=events)
+    for _receiver, response in responses:
         if isinstance(response, exceptions.AuditError):
             raise response
+
+
+@contextlib.contextmanager
+def held() -> Iterator[list[Event]]:
+    """Hold back what the block emits, for `emit_all`: threads it starts copy this context."""
+    events: list[Event] = []
+    token = _held.set(events)
+    try:
+        yield events
+    finally:
+        _held.reset(token)

@@ -367,10 +367,10 @@ def test_what_piles_up_is_committed_at_once_and_a_bad_event_fails_alone(
     write_slowly: tuple[writer.Writer, list[list[str]], threading.Event],
 ) -> None:
     made, written, gate = write_slowly
-    first = made.put(event(sub="first"))
+    first = made.put([event(sub="first")])
     while not first.running():
         time.sleep(0.01)
-    good, bad, fine = (made.put(event(sub=name)) for name in ("good", "bad", "fine"))
+    good, bad, fine = (made.put([event(sub=name)]) for name in ("good", "bad", "fine"))
     gate.set()
     for future in (first, good, fine):
         made.wait(future)
@@ -378,7 +378,7 @@ def test_what_piles_up_is_committed_at_once_and_a_bad_event_fails_alone(
         made.wait(bad)
     assert written == [["first"], ["good"], ["fine"]]
     gate.clear()
-    last = [made.put(event(sub=str(number))) for number in range(5)]
+    last = [made.put([event(sub=str(number))]) for number in range(5)]
     gate.set()
     for future in last:
         made.wait(future)
@@ -392,21 +392,21 @@ def test_one_that_waits_is_given_up_and_not_written_later(
 ) -> None:
     made, written, gate = write_slowly
     monkeypatch.setattr(writer, "WAIT", 0.05)
-    running = made.put(event(sub="running"))
+    running = made.put([event(sub="running")])
     while not running.running():
         time.sleep(0.01)
-    waiting = made.put(event(sub="waiting"))
+    waiting = made.put([event(sub="waiting")])
     for future in (waiting, running):
         with pytest.raises(FutureTimeout, match="no answer"):
             made.wait(future)
     started = time.monotonic()
     with pytest.raises(FutureTimeout, match="still"):
-        made.put(event())
+        made.put([event()])
     assert time.monotonic() - started < 0.05
     gate.set()
     running.result(5)
     monkeypatch.undo()
-    made.wait(made.put(event(sub="healed")))
+    made.wait(made.put([event(sub="healed")]))
     assert written == [["running"], ["healed"]]
 
 

@@ -49,16 +49,14 @@ lines.addHandler(logging.NullHandler())
 
 def connect() -> None:
     """Begin to record. Called once, when Django is ready; harmless if called again."""
-    signals.kms_event.connect(receive, dispatch_uid="kms_hasher.audit")
+    signals.kms_events.connect(receive, dispatch_uid="kms_hasher.audit")
     request_finished.connect(_flush_if_any, dispatch_uid="kms_hasher.audit")
 
 
-def receive(event: Event, **kwargs: Any) -> None:
-    """Record one event. Raises `AuditError` if it cannot be and `AUDIT_STRICT` is set."""
-    fields = _fields(event)
-    level = logging.INFO if event.outcome == signals.SUCCESS else logging.WARNING
-    with contextlib.suppress(Exception):  # a broken log handler stops no login
-        lines.log(level, "%s", _json(fields), extra={"kms": fields})
+def receive(events: Sequence[Event], **kwargs: Any) -> None:
+    """Record events. Raises `AuditError` if they cannot be and `AUDIT_STRICT` is set."""
+    for event in events:
+        _log(event)
     settings = conf.get()
     if settings.audit == "off":
         return
@@ -66,16 +64,17 @@ def receive(event: Event, **kwargs: Any) -> None:
     try:
         place = writer.place(settings.audit, AuditEvent)
         if place == writer.THREAD:
-            writer.submit_and_wait(_write_events, event)
+            writer.submit_and_wait(_write_events, events)
         elif place == writer.HERE:
-            writer.write_here(AuditEvent, _write_events, [event])
+            writer.write_here(AuditEvent, _write_events, events)
         else:
-            _defer(event)
+            _defer(events)
     except Exception as error:  # noqa: BLE001  # a broken audit stops no login
-        problem = _complain([event], error)
+        problem = _complain(events, error)
         if settings.audit_strict:
             raise AuditError(problem) from None  # the context may hold a plaintext
-    _note(event, settings.audit)
+    for event in events:
+        _note(event, settings.audit)
     if _pending and place == writer.HERE:
         flush()
 
@@ -127,6 +126,14 @@ def _fields(event: Event) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value not in ("", [])}
 
 
+def _log(event: Event) -> None:
+    level = logging.INFO if event.outcome == signals.SUCCESS else logging.WARNING
+    if lines.isEnabledFor(level):
+        fields = _fields(event)
+        with contextlib.suppress(Exception):  # a broken log handler stops no login
+            lines.log(level, "%s", _json(fields), extra={"kms": fields})
+
+
 def _json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, separators=(",", ":"))
 
@@ -160,7 +167,7 @@ def _write_events(events: Sequence[Event]) -> None:
         _row(events[0]).save(using=database, force_insert=True)
     else:
         rows = AuditEvent.objects.using(database)
-        rows.bulk_create([_row(event) for event in events], batch_size=writer.MAX_BATCH)
+        rows.bulk_create([_row(event) for event in events])
 
 
 def _complain(events: Sequence[Event], error: BaseException | str) -> str:
@@ -191,12 +198,12 @@ def _take_pending() -> list[Event]:
     return events
 
 
-def _defer(event: Event) -> None:
-    """Keep the event until a transaction ends, however it ends."""
+def _defer(events: Sequence[Event]) -> None:
+    """Keep the events until a transaction ends, however it ends."""
     with _lock:
-        if len(_pending) >= MAX_PENDING:
+        if len(_pending) + len(events) > MAX_PENDING:
             raise OverflowError(f"{MAX_PENDING} others wait for a transaction to end")
-        _pending.append(event)
+        _pending.extend(events)
     database = router.db_for_write(AuditEvent)
     if connections[database].in_atomic_block:
         # After a rollback, the next event, the end of the request or the exit does it.
@@ -225,7 +232,7 @@ def _note(event: Event, mode: str) -> None:
             _noted[name] = (event.key, event.time)
         if place == writer.THREAD:
             # Nobody waits for it: the caller's transaction may have locked these rows.
-            writer.submit(_write_history, event).add_done_callback(
+            writer.submit(_write_history, [event]).add_done_callback(
                 lambda done: _forget(event, problem) if (problem := done.exception()) else None
             )
         else:

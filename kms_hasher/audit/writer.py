@@ -27,7 +27,7 @@ WAIT = 5.0
 #: Seconds without an event after which the connection is given up.
 IDLE = 60.0
 
-#: How many events one commit may hold.
+#: How many logins' events one commit may hold.
 MAX_BATCH = 100
 
 HERE, LATER, THREAD = "here", "later", "thread"
@@ -75,7 +75,7 @@ def write_here(model: type[Model], write: Write, events: Sequence[Event]) -> Non
             connection.close()
 
 
-_Job = tuple[Event, "Future[None]"]
+_Job = tuple[Sequence[Event], "Future[None]"]
 
 
 class Writer:
@@ -89,19 +89,19 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="kms_hasher-audit", daemon=True)
         self._thread.start()
 
-    def put(self, event: Event) -> Future[None]:
-        """Return a future that is done when the event is committed, or holds the error."""
+    def put(self, events: Sequence[Event]) -> Future[None]:
+        """Return a future that is done when the events are committed, or holds the error."""
         if self._hanging and not self._hanging.done():
             raise FutureTimeout("the database still does not answer")
         future: Future[None] = Future()
-        self._jobs.put((event, future))
+        self._jobs.put((events, future))
         return future
 
     def wait(self, future: Future[None]) -> None:
         """
-        Return when the event is committed. Raises what kept it from being so.
+        Return when the events are committed. Raises what kept them from being so.
 
-        An event given up while it waited for its turn is not written later.
+        Events given up while they waited for their turn are not written later.
         """
         try:
             future.result(WAIT)
@@ -137,10 +137,10 @@ class Writer:
         if not jobs:
             return
         try:
-            self._try([event for event, _ in jobs])
+            self._try([event for events, _ in jobs for event in events])
         except Exception as error:  # noqa: BLE001  # raised where the event is waited for
             if len(jobs) > 1 and not isinstance(error, OperationalError):
-                for job in jobs:  # an event that cannot be written fails alone
+                for job in jobs:  # events that cannot be written fail alone
                     self._commit([job])
                 return
             for _, future in jobs:
@@ -172,22 +172,22 @@ _lock = threading.RLock()
 _writers: dict[Write, Writer] = {}
 
 
-def submit(write: Write, event: Event) -> Future[None]:
-    """Have `write` called with the event, in its own thread."""
-    return _submit(write, event)[1]
+def submit(write: Write, events: Sequence[Event]) -> Future[None]:
+    """Have `write` called with the events, in its own thread."""
+    return _submit(write, events)[1]
 
 
-def submit_and_wait(write: Write, event: Event) -> None:
-    """Have `write` called with the event in its own thread, and return when it has been."""
-    writer, future = _submit(write, event)
+def submit_and_wait(write: Write, events: Sequence[Event]) -> None:
+    """Have `write` called with the events in its own thread, and return when it has been."""
+    writer, future = _submit(write, events)
     writer.wait(future)
 
 
-def _submit(write: Write, event: Event) -> tuple[Writer, Future[None]]:
+def _submit(write: Write, events: Sequence[Event]) -> tuple[Writer, Future[None]]:
     with _lock:  # nothing is put to a writer that is being closed
         if write not in _writers:
             _writers[write] = Writer(write)
-        return _writers[write], _writers[write].put(event)
+        return _writers[write], _writers[write].put(events)
 
 
 def close_all() -> None:

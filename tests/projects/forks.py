@@ -40,7 +40,7 @@ def write(events: Any) -> None:
 
 
 def record(sender: Any, event: signals.Event, **kwargs: Any) -> None:
-    writer.submit_and_wait(write, event)
+    writer.submit_and_wait(write, [event])
 
 
 def found(line: str) -> str:
