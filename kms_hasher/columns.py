@@ -4,15 +4,16 @@ The columns that hold passwords: the user model's and those in `PASSWORD_FIELDS`
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from django.apps import apps
 from django.contrib.auth import get_user_model
 from django.core.exceptions import FieldDoesNotExist
-from django.db import connections, models, router
+from django.db import OperationalError, connections, models, router, transaction
 from django.db.models import Count, QuerySet, Value
 from django.db.models.functions import StrIndex, Substr
 
@@ -46,6 +47,51 @@ class Column:
         """
         name = self.field.attname
         return bool(self.rows.filter(pk=pk, **{name: old}).update(**{name: new}))
+
+    def swap_all(self, changes: Sequence[Change]) -> set[Any]:
+        """
+        Do `swap` for many rows by one statement; return the keys of those that were changed.
+
+        Where that cannot be, for a deadlock with another run or a key of several columns,
+        it is done row by row.
+        """
+        if self.model._meta.pk.column is not None:
+            with contextlib.suppress(OperationalError), transaction.atomic(self.database):
+                if self._update(changes) == len(changes):
+                    return {change.pk for change in changes}
+                new = {change.pk: change.new for change in changes}
+                rows = self.rows.filter(pk__in=new).values_list("pk", self.field.attname)
+                return {pk for pk, value in rows if value == new[pk]}
+        return {each.pk for each in changes if self.swap(each.pk, each.old, each.new)}
+
+    def _update(self, changes: Sequence[Change]) -> int:
+        connection = connections[self.database]
+        key = self.model._meta.pk
+        quote = connection.ops.quote_name
+        name, pk = quote(str(self.field.column)), quote(str(key.column))
+        new: list[Any] = []
+        old: list[Any] = []
+        for change in changes:
+            prepared = key.get_db_prep_value(change.pk, connection)
+            new += [prepared, self.field.get_db_prep_save(change.new, connection)]
+            old += [prepared, self.field.get_db_prep_save(change.old, connection)]
+        case = " ".join(["WHEN %s THEN %s"] * len(changes))
+        either = " OR ".join([f"({pk} = %s AND {name} = %s)"] * len(changes))
+        table = quote(self.model._meta.db_table)
+        with connection.cursor() as cursor:
+            cursor.execute(
+                f"UPDATE {table} SET {name} = CASE {pk} {case} END WHERE {either}",  # noqa: S608
+                new + old,
+            )
+            return int(cursor.rowcount)
+
+
+class Change(NamedTuple):
+    """What is to be put in the place of what in one row."""
+
+    pk: Any
+    old: str
+    new: str
 
 
 class Group(NamedTuple):

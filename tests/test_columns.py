@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from django.contrib.auth.models import Group as AuthGroup
 from django.contrib.auth.models import User
+from django.db import OperationalError
 
 from kms_hasher import columns, encoding
-from kms_hasher.columns import Group
+from kms_hasher.columns import Change, Column, Group
 from kms_hasher.encoding import Argon2Parameters, Header, SealedHash
 from kms_hasher.exceptions import ConfigurationError
 
@@ -124,3 +125,77 @@ class TestDatabases:
 class Nowhere:
     def allow_migrate(self, db: str, app_label: str, **hints: Any) -> bool | None:
         return False if app_label == "auth" else None
+
+
+# --- many at once -------------------------------------------------------------------
+
+
+def users(number: int) -> list[User]:
+    made = [User(username=f"user{index}", password=f"old{index}") for index in range(number)]
+    return User.objects.bulk_create(made)
+
+
+def changes_of(users: list[User]) -> list[Change]:
+    return [Change(user.pk, user.password, f"new of {user.username}") for user in users]
+
+
+@pytest.mark.django_db
+def test_many_rows_are_changed_by_one_statement(django_assert_num_queries: Any) -> None:
+    (column,) = columns.columns()
+    made = users(100)
+    changes = changes_of(made)
+    with django_assert_num_queries(3):  # a savepoint, the statement, its release
+        assert column.swap_all(changes) == {user.pk for user in made}
+    assert dict(User.objects.values_list("pk", "password")) == {
+        change.pk: change.new for change in changes
+    }
+
+
+@pytest.mark.django_db
+def test_of_many_rows_those_that_hold_something_else_are_left() -> None:
+    (column,) = columns.columns()
+    same, changed, deleted, swapped, other = users(5)
+    changes = changes_of([same, changed, deleted, swapped])
+    User.objects.filter(pk=changed.pk).update(password="fresh")
+    User.objects.filter(pk=swapped.pk).update(password=same.password)
+    deleted.delete()
+    assert column.swap_all(changes) == {same.pk}
+    assert dict(User.objects.values_list("pk", "password")) == {
+        same.pk: "new of user0",
+        changed.pk: "fresh",
+        swapped.pk: "old0",
+        other.pk: "old4",
+    }
+
+
+@pytest.mark.django_db
+def test_text_that_looks_like_sql_is_text() -> None:
+    (column,) = columns.columns()
+    user = User.objects.create(username="x", password="%s'; -- \\ \"{}")
+    change = Change(user.pk, user.password, "%(x)s' OR 1=1 -- \\")
+    assert column.swap_all([change]) == {user.pk}
+    user.refresh_from_db()
+    assert user.password == change.new
+
+
+@pytest.mark.django_db
+def test_after_a_deadlock_it_is_done_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    (column,) = columns.columns()
+    made = users(3)
+    User.objects.filter(pk=made[1].pk).update(password="fresh")
+
+    def deadlock(*args: Any) -> int:
+        raise OperationalError("deadlock detected")
+
+    monkeypatch.setattr(Column, "_update", deadlock)
+    assert column.swap_all(changes_of(made)) == {made[0].pk, made[2].pk}
+    assert User.objects.get(pk=made[1].pk).password == "fresh"
+
+
+@pytest.mark.django_db
+def test_a_key_of_several_columns_is_done_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    (column,) = columns.columns()
+    made = users(2)
+    monkeypatch.setattr(User._meta.pk, "column", None)
+    monkeypatch.setattr(Column, "swap", lambda self, pk, old, new: pk == made[0].pk)
+    assert column.swap_all(changes_of(made)) == {made[0].pk}
