@@ -2,8 +2,8 @@
 What the benchmarks stand on: a KMS of constant latency, and a project that uses it.
 
 `running()` starts the stub in a process of its own, so that its CPU time is not counted as
-ours, though it takes some of a core. It answers Encrypt and Decrypt as KMS does, from a
-dictionary and without any cryptography, over kept-alive HTTP/1.1 on 127.0.0.1.
+ours, though it takes some of a core. It answers Encrypt, Decrypt and ReEncrypt as KMS does,
+from a dictionary and without any cryptography, over kept-alive HTTP/1.1 on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -134,7 +134,10 @@ def serve() -> None:
     def answer(head: bytes, body: bytes) -> bytes:
         params = json.loads(body)
         fields = {"KeyId": ARN, "EncryptionAlgorithm": "SYMMETRIC_DEFAULT"}
-        if b"TrentService.Encrypt" in head:
+        if b"TrentService.ReEncrypt" in head:  # nothing is opened afterwards
+            fields = {"KeyId": params["DestinationKeyId"], "SourceKeyId": params["SourceKeyId"]}
+            fields["CiphertextBlob"] = b64encode(secrets.token_bytes(184)).decode()
+        elif b"TrentService.Encrypt" in head:
             # As long as KMS's own: 152 bytes more than the plaintext.
             blob = b64encode(secrets.token_bytes(184)).decode()
             plaintexts[blob] = params["Plaintext"]

@@ -5,14 +5,15 @@ the circuit breaker of its Region is open.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
@@ -28,6 +29,8 @@ from kms_hasher.exceptions import (
     KMSUnavailable,
 )
 from kms_hasher.providers.base import OPERATIONS, Decrypted, Provider, Result
+
+T = TypeVar("T")
 
 logger = logging.getLogger("kms_hasher")
 
@@ -84,6 +87,16 @@ def kms(
     return cast(Provider, _Reported(provider(), purpose, sub, size, report))
 
 
+def akms(purpose: str, sub: str = "") -> Any:
+    """
+    Return the same with methods to be awaited, for an event loop that has nothing else to do.
+
+    Where the provider has a coroutine function `a<method>`, it is called, else the method
+    in a thread.
+    """
+    return _AsyncReported(provider(), purpose, sub, None, signals.emit)
+
+
 @dataclass(frozen=True)
 class _Reported:
     """A provider whose methods report an event, whatever comes of the call."""
@@ -94,33 +107,40 @@ class _Reported:
     size: int | None
     report: Callable[[signals.Event], None]
 
-    def __getattr__(self, name: str) -> Callable[..., Result]:
+    def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = OPERATIONS[name]
         method = getattr(self.provider, name)
 
         @sensitive_variables()
         def call(*args: Any, **kwargs: Any) -> Result:
-            # What is named first is a key or an alias, in all methods but create_key.
-            requested = str(args[0]) if args else ""
-            circuit = self._circuit(requested)
-            started = time.perf_counter()
-            try:
-                circuit.enter()
-                result: Result = method(*args, **kwargs)
-                self._check(result, operation, requested)
-            except Exception as raised:  # noqa: BLE001  # a provider of the site's own
-                error = _as_ours(raised, operation, requested)
-                # An AuditError would hide what the call's own error says.
-                with contextlib.suppress(AuditError):
-                    self._tell(operation, requested, started, error)
-                with contextlib.suppress(AuditError):
-                    self._leave(circuit, error)
-                raise error from None
-            self._leave(circuit)
-            self._tell(operation, result.key_arn, started, None, requested, result.request_ids)
+            with self._reported(operation, *args[:1]) as call:
+                call.result = method(*args, **kwargs)
+            result: Result = call.result
             return result
 
         return call
+
+    @contextlib.contextmanager
+    def _reported(self, operation: str, requested: object = "") -> Iterator[_Call]:
+        # What is named first is a key or an alias, in all methods but create_key.
+        call = _Call(str(requested))
+        circuit = self._circuit(call.requested)
+        started = time.perf_counter()
+        try:
+            circuit.enter()
+            yield call
+            self._check(call.result, operation, call.requested)
+        except Exception as raised:  # noqa: BLE001  # a provider of the site's own
+            error = _as_ours(raised, operation, call.requested)
+            # An AuditError would hide what the call's own error says.
+            with contextlib.suppress(AuditError):
+                self._tell(operation, call.requested, started, error)
+            with contextlib.suppress(AuditError):
+                self._leave(circuit, error)
+            raise error from None
+        self._leave(circuit)
+        result = call.result
+        self._tell(operation, result.key_arn, started, None, call.requested, result.request_ids)
 
     def _check(self, result: Result, operation: str, requested: str) -> None:
         if self.size is None or not isinstance(result, Decrypted):
@@ -175,6 +195,40 @@ class _Reported:
                 sub=self.sub,
             )
         )
+
+
+class _AsyncReported(_Reported):
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        operation = OPERATIONS[name]
+        method = getattr(self.provider, f"a{name}", None)
+        if method is None:
+            method = in_thread(getattr(self.provider, name))
+
+        @sensitive_variables()
+        async def call(*args: Any, **kwargs: Any) -> Result:
+            with self._reported(operation, *args[:1]) as call:
+                call.result = await method(*args, **kwargs)
+            result: Result = call.result
+            return result
+
+        return call
+
+
+def in_thread(method: Callable[..., T]) -> Callable[..., Awaitable[T]]:
+    """Return the method as one to be awaited, which a thread of the event loop's does."""
+
+    def call(*args: Any, **kwargs: Any) -> Awaitable[T]:
+        return asyncio.to_thread(method, *args, **kwargs)
+
+    return call
+
+
+@dataclass
+class _Call:
+    """A call under way: the key or alias it names, and at last what it came to."""
+
+    requested: str
+    result: Any = field(default=None, repr=False)
 
 
 def _as_ours(raised: Exception, operation: str, requested: str) -> KMSHasherError:

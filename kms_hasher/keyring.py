@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import background, breaker, conf, encoding, modes, signals
-from kms_hasher.calls import kms, provider, region_of
+from kms_hasher.calls import akms, kms, provider, region_of
 from kms_hasher.encoding import Header, SealedHash
 from kms_hasher.exceptions import (
     AuditError,
@@ -26,7 +26,7 @@ from kms_hasher.exceptions import (
 )
 from kms_hasher.providers.base import Provider, ReEncrypted
 
-__all__ = ["kms", "open", "open_beside", "provider", "rewrap", "seal"]
+__all__ = ["akms", "arewrap", "kms", "open", "open_beside", "provider", "rewrap", "seal"]
 
 T = TypeVar("T")
 
@@ -137,17 +137,28 @@ def rewrap(
 
     Raises `KMSError`, and `MalformedHash` if the mode is unknown.
     """
-    settings = conf.get()
-    mode = modes.by_code(stored.mode)
-    answer = mode.rewrap(
-        kms(purpose, stored.header.sub),
-        settings.key_for(stored.key_id),
-        stored.sealed,
-        key_arn,
-        context_of(stored.header),
-    )
-    ref = _ref(answer.key_arn, settings)
-    return SealedHash(stored.header, stored.mode, ref, answer.ciphertext), answer
+    answer = _rewrap(kms(purpose, stored.header.sub), stored, key_arn)
+    return _rewrapped(stored, answer), answer
+
+
+async def arewrap(
+    stored: SealedHash, key_arn: str, *, purpose: str = "rotate"
+) -> tuple[SealedHash, ReEncrypted]:
+    """Do the same on an event loop."""
+    answer: ReEncrypted = await _rewrap(akms(purpose, stored.header.sub), stored, key_arn)
+    return _rewrapped(stored, answer), answer
+
+
+def _rewrap(service: Provider, stored: SealedHash, key_arn: str) -> Any:
+    """Return what the mode makes of the call, which may have to be awaited."""
+    source = conf.get().key_for(stored.key_id)
+    mode, context = modes.by_code(stored.mode), context_of(stored.header)
+    return mode.rewrap(service, source, stored.sealed, key_arn, context)
+
+
+def _rewrapped(stored: SealedHash, answer: ReEncrypted) -> SealedHash:
+    ref = _ref(answer.key_arn, conf.get())
+    return SealedHash(stored.header, stored.mode, ref, answer.ciphertext)
 
 
 def context_of(header: Header) -> dict[str, str]:

@@ -36,6 +36,7 @@ Calls = Callable[[], list[str]]
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(workers, "BATCH", 1)
 
 
 def make_users(number: int) -> list[User]:
@@ -207,7 +208,7 @@ def test_a_database_error_quotes_nothing(
     def fail(*args: Any) -> bool:
         raise OperationalError("UPDATE secret")
 
-    monkeypatch.setattr("kms_hasher.columns.Column.swap", fail)
+    monkeypatch.setattr("kms_hasher.columns.Column.swap_all", fail)
     _, err = run("rotate_kms_key", "--new-key", status=1)
     assert "The database failed (OperationalError)" in err
     assert "secret" not in err

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import datetime
+import functools
+import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
-from django.db import connection, connections
+from django.db import connection
 from django.test import override_settings
 from django.utils import timezone
 
-from kms_hasher import columns, encoding, history, keyring, users
+from kms_hasher import calls as calls_module
+from kms_hasher import columns, encoding, history, keyring, signals, users
 from kms_hasher import exceptions as errors
 from kms_hasher.columns import Column
 from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
@@ -25,7 +30,7 @@ from kms_hasher.providers.base import Provider
 from kms_hasher.rotation import engine, jobs, keys, plan, rotate, runs, seal, status, workers
 from kms_hasher.rotation.engine import BadRow, Options, Progress
 from kms_hasher.rotation.rotate import Rotated
-from kms_hasher.signals import Event
+from kms_hasher.signals import Event, kms_event
 from tests.hashers import CheapArgon2PasswordHasher
 
 pytestmark = pytest.mark.django_db
@@ -39,6 +44,7 @@ Calls = Callable[[], list[str]]
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(workers, "BATCH", 1)  # each row is written before the next call
     monkeypatch.setattr(keys, "MATERIAL_LOOK", 0.001)
 
 
@@ -95,6 +101,22 @@ class Interfering:
             return run(self, *args, **kwargs)
 
         monkeypatch.setattr(kms, name, method)
+
+
+@contextlib.contextmanager
+def after_each_call(run: Callable[[int], Any]) -> Iterator[None]:
+    """Have `run` called with the number of each ReEncrypt, before what it gave is written."""
+    numbers = itertools.count(1)
+
+    def listen(event: Event, **kwargs: Any) -> None:
+        if event.operation == "ReEncrypt":
+            run(next(numbers))
+
+    kms_event.connect(listen)
+    try:
+        yield
+    finally:
+        kms_event.disconnect(listen)
 
 
 # --- re-wrapping --------------------------------------------------------------------
@@ -172,36 +194,35 @@ def test_pages_go_by_key(kms: Provider) -> None:
     assert "OFFSET" not in query
 
 
-def test_stale_objects_are_swept_up(kms: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_objects_are_swept_up(kms: Provider) -> None:
     user, *_ = make_users(4)
     stale = User.objects.get(pk=user.pk)
 
-    def save_stale(self: Interfering, *args: Any, **kwargs: Any) -> Any:
-        answer = self.method(*args, **kwargs)
-        if self.calls == 3:
+    def save_stale(number: int) -> None:
+        if number == 3:
             stale.save()  # puts the old string back, after the row was rewritten
-        return answer
 
-    Interfering(monkeypatch, kms, "re_encrypt", save_stale)
-    result, progress, _ = rotated(new_key=True)
+    with after_each_call(save_stale):
+        result, progress, _ = rotated(new_key=True)
     assert refs() == {encoding.key_ref(result.target.key_id): 4}
     assert progress.rewritten == 5
     assert User.objects.get(pk=user.pk).check_password("pw0")
 
 
+@pytest.mark.parametrize("batch", [1, 100])
 def test_an_overtaken_password_is_not_lost(
-    kms: Provider, monkeypatch: pytest.MonkeyPatch
+    kms: Provider, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
+    monkeypatch.setattr(workers, "BATCH", batch)
     user, *_ = make_users(2)
 
-    def change(self: Interfering, *args: Any, **kwargs: Any) -> Any:
-        if self.calls == 1:  # between reading the row and writing it
+    def change(number: int) -> None:
+        if number == 1:  # between reading the row and writing it
             user.set_password("new")
             user.save()
-        return self.method(*args, **kwargs)
 
-    Interfering(monkeypatch, kms, "re_encrypt", change)
-    result, progress, _ = rotated(new_key=True)
+    with after_each_call(change):
+        result, progress, _ = rotated(new_key=True)
     assert (progress.rewritten, progress.overtaken) == (1, 1)
     assert User.objects.get(pk=user.pk).check_password("new")
     assert refs() == {encoding.key_ref(result.target.key_id): 2}
@@ -213,21 +234,16 @@ def test_rows_that_cannot_be_written_end_the_run(
 ) -> None:
     make_users(1)
     before = passwords()
-    monkeypatch.setattr(Column, "swap", lambda *args: False)
+    monkeypatch.setattr(Column, "swap_all", lambda *args: set())
     with pytest.raises(errors.RotationRefused, match="10 sweeps in a row"):
         rotated(new_key=True)
     assert passwords() == before
 
 
-def test_a_deleted_row_is_let_go(kms: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_row_is_let_go(kms: Provider) -> None:
     user, *_ = make_users(2)
-
-    def delete(self: Interfering, *args: Any, **kwargs: Any) -> Any:
-        User.objects.filter(pk=user.pk).delete()
-        return self.method(*args, **kwargs)
-
-    Interfering(monkeypatch, kms, "re_encrypt", delete)
-    assert rotated(new_key=True)[1].overtaken == 1
+    with after_each_call(lambda number: User.objects.filter(pk=user.pk).delete()):
+        assert rotated(new_key=True)[1].overtaken == 1
 
 
 def test_a_late_alias_is_waited_for(kms: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,19 +416,12 @@ def test_bad_rows_are_reported_and_left(kms: Provider, calls: Calls) -> None:
     assert (row.state, row.failed) == ("finished", 4)
 
 
-def test_a_bad_row_that_changed_is_tried_again(
-    kms: Provider, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_row_that_changed_is_tried_again(kms: Provider) -> None:
     users = make_users(3)
     good = users[0].password
     damage(users[0], "kms_argon2$nonsense")
-
-    def repair(self: Interfering, *args: Any, **kwargs: Any) -> Any:
-        damage(users[0], good)
-        return self.method(*args, **kwargs)
-
-    Interfering(monkeypatch, kms, "re_encrypt", repair)
-    _, progress, bad = rotated(new_key=True)
+    with after_each_call(lambda number: damage(users[0], good)):
+        _, progress, bad = rotated(new_key=True)
     assert len(bad) == 1
     assert (progress.rewritten, progress.failed) == (3, 0)
 
@@ -489,7 +498,7 @@ def test_errors_of_others_are_raised_as_they_are(
     kms: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_users(1)
-    monkeypatch.setattr(keyring, "rewrap", lambda *args: 1 / 0)
+    monkeypatch.setattr(keyring, "arewrap", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rotated(new_key=True)
     assert Rotation.objects.get().error == "ZeroDivisionError"
@@ -586,81 +595,166 @@ def test_the_check_between_sweeps_is_tried_again_too(
 # --- workers ------------------------------------------------------------------------
 
 
+async def nothing() -> None:
+    return None
+
+
+def outcomes(
+    pool: workers.Workers, tasks: list[workers.Task]
+) -> Iterator[tuple[Any, str | Exception | None]]:
+    for some in pool.map(iter([list(enumerate(tasks))])):
+        yield from ((outcome.item, outcome.value) for outcome in some)
+
+
 def test_the_rate_is_kept() -> None:
     with workers.Workers(4, rate=200) as pool:
         started = time.monotonic()
-        done = list(pool.map([(n, lambda: None) for n in range(41)]))
+        done = list(outcomes(pool, [nothing] * 41))
         assert 0.19 < time.monotonic() - started < 10
     assert len(done) == pool.calls == 41
 
 
 def test_the_rate_has_no_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, slept = 100.0, []
+    now = 100.0
     monkeypatch.setattr(workers.time, "monotonic", lambda: now)
-    limiter = workers.Limiter(10, slept.append)
-    for _ in range(3):
-        limiter.wait()
+    limiter = workers.Limiter(10)
+    waits = [limiter.turn() for _ in range(3)]
     now += 60  # idle for a minute: nothing is saved up
-    limiter.wait()
-    limiter.wait()
-    assert slept == pytest.approx([0.1, 0.2, 0.1])
+    waits += [limiter.turn() for _ in range(2)]
+    assert waits == pytest.approx([0, 0.1, 0.2, 0, 0.1])
     assert limiter.calls == 5
 
 
-def test_threads_work_at_the_same_time_and_close_their_connections() -> None:
-    barrier = threading.Barrier(3, timeout=10)
+def test_calls_are_made_at_the_same_time_and_no_thread_is_left() -> None:
     before = {thread.name for thread in threading.enumerate()}
-    opened = []
+    going, most = 0, 0
 
-    def task() -> str:
-        barrier.wait()
-        opened.append(connections["default"])  # a thread's own
-        return threading.current_thread().name
+    async def task() -> str:
+        nonlocal going, most
+        going += 1
+        most = max(most, going)
+        await asyncio.sleep(0.01)
+        going -= 1
+        return "done"
 
+    barrier = threading.Barrier(3, timeout=10)
     with workers.Workers(3) as pool:
-        names = [outcome for _, outcome in pool.map([(n, task) for n in range(3)])]
-    assert len(set(names)) == 3
-    assert all(each.connection is None for each in opened)
+        assert [value for _, value in outcomes(pool, [task] * 30)] == ["done"] * 30
+        assert most == 3
+        # And so are those of a provider that knows no event loop.
+        waits = calls_module.in_thread(barrier.wait)
+        assert len(list(outcomes(pool, [waits] * 3))) == 3
     assert {thread.name for thread in threading.enumerate()} == before
 
 
 def test_leaving_early_drops_what_is_queued() -> None:
-    began = []
-    release = threading.Event()
+    began: list[int] = []
 
-    def task() -> None:
+    async def task() -> None:
         began.append(1)
-        release.wait(0.05)
+        await asyncio.sleep(0.05)
 
     with workers.Workers(2) as pool:
-        outcomes = pool.map([(n, task) for n in range(100)])
-        next(outcomes)
-    release.set()
+        next(outcomes(pool, [task] * 100))
     assert len(began) < 10
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_calls_in_flight_are_waited_for_and_recorded(
+    events: list[Event], monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(workers, "BATCH", batch)
+    begun = threading.Event()
+
+    def call(name: str, seconds: float) -> workers.Task:
+        async def task() -> None:
+            begun.set()
+            await asyncio.sleep(seconds)
+            signals.emit(Event(timezone.now(), name, "rotate", "success"))
+
+        return task
+
+    with workers.Workers(3) as pool:
+        found = outcomes(pool, [call("one", 0.2), call("two", 0.2), call("three", 0.2)] * 2)
+        with contextlib.suppress(ZeroDivisionError):
+            next(found)
+            begun.clear()
+            begun.wait(1)
+    number = len(events)
+    assert {event.operation for event in events} == {"one", "two", "three"}
+    assert 3 <= number <= 6
 
 
 def test_stopping_ends_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "FIRST_PAUSE", 60.0)
     tried = threading.Event()
 
-    def task() -> None:
+    async def task() -> None:
         tried.set()
         raise errors.KMSThrottled
 
     started = time.monotonic()
     with workers.Workers(2) as pool:
-        outcomes = pool.map([(0, lambda: None), (1, task)])
-        next(outcomes)
+        next(outcomes(pool, [nothing, task]))
         tried.wait(10)
     assert time.monotonic() - started < 10
 
 
-def test_a_call_outside_the_rate_raises() -> None:
-    def fail() -> None:
+def test_after_an_error_nothing_is_begun_before_it_is_seen() -> None:
+    began: list[int] = []
+
+    async def task() -> None:
+        began.append(1)
         raise errors.KMSAccessDenied
 
-    with workers.Workers(1, rate=0.001) as pool, pytest.raises(errors.KMSAccessDenied):
-        pool.call(fail)
+    with workers.Workers(1) as pool:
+        found = outcomes(pool, [task] * 3)
+        for number in (1, 2, 3):
+            next(found)
+            time.sleep(0.02)
+            assert len(began) == number
+        assert list(found) == []
+
+
+def test_stopping_ends_a_wait_for_the_rate() -> None:
+    started = time.monotonic()
+    with workers.Workers(2, rate=0.01) as pool:
+        next(outcomes(pool, [nothing] * 5))
+    assert time.monotonic() - started < 10
+
+
+def test_a_loop_that_breaks_is_not_waited_for() -> None:
+    async def task() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), workers.Workers(2) as pool:
+        next(outcomes(pool, [task]))
+
+
+@pytest.mark.parametrize("error", [errors.KMSAccessDenied(), ZeroDivisionError()])
+def test_an_error_brings_no_frames_that_hold_a_digest(error: Exception) -> None:
+    async def task(digest: bytes) -> None:
+        raise error
+
+    with workers.Workers(1) as pool:
+        ((_, found),) = outcomes(pool, [functools.partial(task, b"digest")])
+    assert found is error
+    assert found.__traceback__ is None
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"), [(errors.KMSAccessDenied, 1), (errors.KMSTimeout, workers.TRIES)]
+)
+def test_a_single_call_raises_at_last(error: type[errors.KMSError], tries: int) -> None:
+    made: list[int] = []
+
+    def fail() -> None:
+        made.append(1)
+        raise error
+
+    with pytest.raises(error):
+        workers.patiently(fail)
+    assert len(made) == tries
 
 
 # --- runs ---------------------------------------------------------------------------
@@ -926,8 +1020,10 @@ def test_new_material(kms: Provider, calls: Calls) -> None:
 
 
 def test_new_material_that_was_interrupted_is_not_renewed_again(
-    kms: Provider, calls: Calls
+    kms: Provider, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(workers, "BATCH", 2)
+    monkeypatch.setattr(engine, "EVERY", 0.0)
     make_users(6)
     steps = rotate.rotate(
         plan.make(new_material=True), Options(concurrency=1, batch_size=2, settle=0)
@@ -945,21 +1041,18 @@ def test_new_material_that_was_interrupted_is_not_renewed_again(
     assert sum(before[pk] == value for pk, value in passwords().items()) == 2
 
 
-def test_new_material_also_brings_home_other_keys_rows(
-    kms: Provider, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_material_also_brings_home_other_keys_rows(kms: Provider) -> None:
     first, *_ = make_users(2)
     old = encoding.parse(first.password).key_ref
     kms.update_alias(ALIAS, kms.create_key().key_arn)
     second, *_ = make_users(1, prefix="other")
 
-    def change(self: Interfering, *args: Any, **kwargs: Any) -> Any:
-        if self.calls == 3:
+    def change(number: int) -> None:
+        if number == 3:
             damage(second, make_password("changed"))
-        return self.method(*args, **kwargs)
 
-    Interfering(monkeypatch, kms, "re_encrypt", change)
-    result, progress, _ = rotated(new_material=True)
+    with after_each_call(change):
+        result, progress, _ = rotated(new_material=True)
     assert result.left == {old}
     assert len(refs()) == 1
     # The changed one was looked at again, and is under the new material already.

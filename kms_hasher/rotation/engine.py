@@ -1,10 +1,11 @@
 """
 Walks the rows of all password columns and rewrites those that a job wants rewritten.
 
-Rows are read in pages by primary key, changed in KMS by several threads, and written one
-by one by compare-and-swap in the calling thread, outside any transaction: killed at any
-instant, every row holds its old value or its new one, and the next run does the rest. Two
-runs at once cost calls and do no harm.
+Rows are read in pages by primary key and changed in KMS, many at once; what comes back is
+written by compare-and-swap, a hundred rows to a statement. The three overlap: the calling
+thread has the database, another one KMS. Killed at any instant, every row holds its old
+value or its new one, and the next run does the rest. Two runs at once cost calls and do no
+harm.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Any, Protocol
 
 from django.db.models import QuerySet
 
-from kms_hasher.columns import Column
+from kms_hasher import signals
+from kms_hasher.columns import Change, Column
 from kms_hasher.exceptions import KMSHasherError, MalformedHash, RotationRefused
 from kms_hasher.rotation.runs import HEARTBEAT, Record
-from kms_hasher.rotation.workers import Task, Workers
+from kms_hasher.rotation.workers import Outcome, Task, Workers, patiently
 
 #: Seconds between two snapshots of the progress.
 EVERY = 0.25
@@ -46,7 +48,7 @@ class Job(Protocol):
 
     def task(self, value: str) -> Task | None:
         """
-        Return the call that rewrites a value, to be made in a thread without the database.
+        Return the call that rewrites a value, to be awaited in a thread without the database.
 
         None if there is nothing to do. Raises `MalformedHash`.
         """
@@ -63,12 +65,13 @@ class Options:
     """
     How a run goes about it.
 
-    `rate` is in requests per second over all threads, None for no limit; `settle` the
+    `concurrency` is how many calls are in flight at once, `rate` their number per second at
+    the most, None for no limit; `settle` the
     seconds to wait for a moved alias before the last sweep.
     """
 
     batch_size: int = 500
-    concurrency: int = 8
+    concurrency: int = 32
     rate: float | None = None
     settle: float = 5.0
 
@@ -143,7 +146,7 @@ def walk(
                     break
                 settle = False
                 yield from run.wait(options.settle)
-            workers.call(job.check)
+            patiently(job.check)
         yield run.snapshot()
 
 
@@ -194,12 +197,10 @@ class _Run:
         self._looked = 0
         self._bad_before, self._bad = self._bad, {}
         for column, width in columns:
-            for page in self._pages(column):
-                overtaken = yield from self._rewrite(column, width, page)
-                if overtaken:  # once more at once, and in the next sweep
-                    again = self._rows(column).filter(pk__in=overtaken)
-                    yield from self._rewrite(column, width, list(again))
-                yield self.snapshot()
+            overtaken = yield from self._rewrite(column, width, self._pages(column))
+            if overtaken:  # once more at once, and in the next sweep
+                yield from self._rewrite(column, width, self._again(column, overtaken))
+            yield self.snapshot()
         self._bad_before = {}
         found = self._rewritten + self._overtaken > before
         self._fruitless = self._fruitless + 1 if found and self._rewritten == rewritten else 0
@@ -229,11 +230,32 @@ class _Run:
             yield page
             page = list(rows.filter(pk__gt=page[-1][0])[: self._options.batch_size])
 
+    def _again(self, column: Column, pks: list[Any]) -> Iterator[list[tuple[Any, str]]]:
+        for start in range(0, len(pks), self._options.batch_size):
+            some = pks[start : start + self._options.batch_size]
+            yield list(self._rows(column).filter(pk__in=some))
+
     def _rewrite(
-        self, column: Column, width: int | None, page: list[tuple[Any, str]]
+        self, column: Column, width: int | None, pages: Iterator[list[tuple[Any, str]]]
     ) -> Generator[Progress, None, list[Any]]:
-        """Rewrite the rows of a page; return the keys of those overtaken."""
+        """
+        Rewrite the rows of all pages; return the keys of those overtaken.
+
+        A page is read, others are in KMS, and what came of earlier ones is written, all at
+        the same time.
+        """
         overtaken: list[Any] = []
+        tasks = (self._tasks(column, page) for page in pages)
+        for outcomes in self._workers.map(tasks, ahead=2 * self._options.batch_size):
+            overtaken += self._write(column, width, outcomes)
+            self._beat()
+            if time.monotonic() - self._told >= EVERY:
+                yield self.snapshot()
+        return overtaken
+
+    def _tasks(
+        self, column: Column, page: list[tuple[Any, str]]
+    ) -> list[tuple[tuple[Any, str], Task]]:
         tasks = []
         for pk, value in page:
             if self._bad_before.get((column, pk)) == hash(value):
@@ -245,27 +267,33 @@ class _Run:
             except MalformedHash as error:
                 self._report(column, pk, value, str(error))
         self._looked += len(page) - len(tasks)
-        for (pk, value), outcome in self._workers.map(tasks):
+        return tasks
+
+    def _write(self, column: Column, width: int | None, outcomes: list[Outcome]) -> list[Any]:
+        """Record what was called and write what came of it; return the keys overtaken."""
+        signals.emit_all([event for outcome in outcomes for event in outcome.events])
+        changes: list[Change] = []
+        failure: Exception | None = None
+        for (pk, old), new, _ in outcomes:
             self._looked += 1
-            if isinstance(outcome, Exception):
-                if not isinstance(outcome, KMSHasherError) or not self._job.blames_row(
-                    value, outcome
-                ):
-                    raise outcome
-                self._report(column, pk, value, str(outcome))
-            elif outcome is None:
+            if isinstance(new, Exception):
+                if isinstance(new, KMSHasherError) and self._job.blames_row(old, new):
+                    self._report(column, pk, old, str(new))
+                else:
+                    failure = new
+            elif new is None:
                 pass
-            elif width is not None and len(outcome) > width:
+            elif width is not None and len(new) > width:
                 # A database that is not strict would cut it, and the password be lost.
-                self._report(column, pk, value, TOO_LONG)
-            elif column.swap(pk, value, outcome):
-                self._rewritten += 1
+                self._report(column, pk, old, TOO_LONG)
             else:
-                self._overtaken += 1
-                overtaken.append(pk)
-            self._beat()
-            if time.monotonic() - self._told >= EVERY:
-                yield self.snapshot()
+                changes.append(Change(pk, old, new))
+        changed = column.swap_all(changes) if changes else set()
+        overtaken = [change.pk for change in changes if change.pk not in changed]
+        self._rewritten += len(changed)
+        self._overtaken += len(overtaken)
+        if failure:  # what else was paid for is written
+            raise failure
         return overtaken
 
     def _report(self, column: Column, pk: Any, value: str, reason: str) -> None:

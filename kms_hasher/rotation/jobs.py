@@ -1,8 +1,8 @@
 """
 What a run does to a row: re-wrap it, renew it, seal it, or take the seal off.
 
-The calls run in threads that must not use the database; everything else here runs in the
-thread that walks the rows.
+The calls are made beside an event loop and must not use the database; everything else here
+runs in the thread that walks the rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from django.db.models import QuerySet
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import conf, encoding, keyring, modes
+from kms_hasher.calls import in_thread
 from kms_hasher.encoding import Header, SealedHash
 from kms_hasher.exceptions import (
     InvalidCiphertext,
@@ -85,15 +86,15 @@ class Rewrap:
             return None
         return functools.partial(self._rewrap, stored)
 
-    def _rewrap(self, stored: SealedHash) -> str | None:
+    async def _rewrap(self, stored: SealedHash) -> str | None:
         if error := self._unusable.get(stored.key_ref):
             raise error
-        new, _ = self._checked(stored)
+        new, _ = await self._checked(stored)
         self.sources.add(stored.key_ref)
         return str(new)
 
-    def _checked(self, stored: SealedHash) -> tuple[SealedHash, base.ReEncrypted]:
-        new, answer = keyring.rewrap(stored, self.target.key_arn)
+    async def _checked(self, stored: SealedHash) -> tuple[SealedHash, base.ReEncrypted]:
+        new, answer = await keyring.arewrap(stored, self.target.key_arn)
         if new.key_ref != self.ref:
             raise KMSBadResponse("the answer names another key", operation="ReEncrypt")
         return new, answer
@@ -138,10 +139,10 @@ class Renew(Rewrap):
         modes.by_code(stored.mode)
         return functools.partial(self._rewrap, stored)
 
-    def _rewrap(self, stored: SealedHash) -> str | None:
+    async def _rewrap(self, stored: SealedHash) -> str | None:
         if stored.key_ref != self.ref:
-            return super()._rewrap(stored)
-        new, answer = self._checked(stored)
+            return await super()._rewrap(stored)
+        new, answer = await self._checked(stored)
         material, wanted = answer.key_material_id, self.target.key_material_id
         if material and wanted and material != wanted:
             raise KMSUnavailable(OLD_MATERIAL, operation="ReEncrypt", key=answer.key_arn)
@@ -171,7 +172,7 @@ class Wrap:
             )
         if not _readable(header):
             raise MalformedHash(TOO_COSTLY)
-        return functools.partial(self._seal, header, digest)
+        return functools.partial(in_thread(self._seal), header, digest)
 
     @sensitive_variables()
     def _seal(self, header: Header, digest: bytes) -> str:
@@ -198,7 +199,7 @@ class Unwrap:
     def task(self, value: str) -> Task:
         stored = encoding.parse(value)
         modes.by_code(stored.mode)
-        return functools.partial(self._open, stored)
+        return functools.partial(in_thread(self._open), stored)
 
     @sensitive_variables()
     def _open(self, stored: SealedHash) -> str:

@@ -1,28 +1,30 @@
 """
-Calls to KMS from several threads, at a limited rate, tried again where KMS cannot answer.
+Calls to KMS, many at once, at a limited rate, tried again where KMS cannot answer.
+
+They are made on an event loop in a thread of its own, where a call in flight costs next to
+nothing. Nothing there touches the database: what the calls report is held back, and comes
+with the outcome to the thread that writes.
 """
 
 from __future__ import annotations
 
-import functools
+import asyncio
+import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from types import TracebackType
-from typing import TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
-from django.db import connections
+from kms_hasher import keyring, signals
+from kms_hasher.exceptions import AuditError, KMSUnavailable
 
-from kms_hasher.exceptions import KMSUnavailable
-
-T = TypeVar("T")
-
-#: One call to KMS, and what came of it: the string to store, None for nothing to store, or
-#: the error.
-Task: TypeAlias = "Callable[[], str | None]"
-Outcome: TypeAlias = "str | Exception | None"
+#: Makes one call to KMS; comes to the string to store, or None for nothing to store.
+Task: TypeAlias = "Callable[[], Awaitable[str | None]]"
 
 #: How often a call is made at most while KMS cannot answer, besides the provider's own
 #: attempts, and the bounds of the pause between two in seconds: it doubles.
@@ -30,50 +32,60 @@ TRIES = 5
 FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 8.0
 
+#: Outcomes are handed over when there are so many, or after so many seconds.
+BATCH = 100
+GATHER = 0.05
+
+
+class Outcome(NamedTuple):
+    """What came of a task: the string or None, or the error; and what the call reported."""
+
+    item: Any
+    value: str | Exception | None
+    events: list[signals.Event]
+
 
 class Limiter:
     """
-    Spaces calls evenly: at most `rate` in a second over all threads, with no bursts.
+    Spaces calls evenly: at most `rate` in a second, with no bursts.
 
     `rate` None is no limit. `calls` is how many calls were let through.
     """
 
-    def __init__(self, rate: float | None, sleep: Callable[[float], object]) -> None:
+    def __init__(self, rate: float | None) -> None:
         self.calls = 0
         self._interval = 1 / rate if rate else 0.0
         self._next = 0.0
-        self._lock = threading.Lock()
-        self._sleep = sleep
 
-    def wait(self) -> None:
-        """Return when the next call may be made."""
-        with self._lock:
-            self.calls += 1
-            if not self._interval:
-                return
-            now = time.monotonic()
-            turn = max(now, self._next)
-            self._next = turn + self._interval
-        if turn > now:
-            self._sleep(turn - now)
+    def turn(self) -> float:
+        """Count a call; return for how many seconds it has to wait."""
+        self.calls += 1
+        now = time.monotonic()
+        turn = max(now, self._next)
+        self._next = turn + self._interval
+        return turn - now
 
 
 class Workers:
     """
-    `number` threads that run the tasks given to `map`; with 1, the calling thread does.
+    Do tasks, `number` of them at once. A context manager.
 
-    A context manager. On leaving it the threads end after the call each is in, and close
-    whatever database connections the receivers of `kms_event` opened there.
+    On leaving it, calls in flight are waited for and their events emitted, as KMS has made
+    them; what they come to is not stored, and the rows are as they were.
     """
 
     def __init__(self, number: int, rate: float | None = None) -> None:
-        self._stopped = threading.Event()
-        self._limiter = Limiter(rate, self._stopped.wait)
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"kms-hasher-{index}", daemon=True)
-            for index in range(number if number > 1 else 0)
-        ]
+        self._number = number
+        self._limiter = Limiter(rate)
+        self._waiting: deque[tuple[Any, Task]] = deque()
+        self._running: set[Any] = set()
+        self._gathered: list[Outcome] = []
+        self._done: SimpleQueue[list[Outcome]] = SimpleQueue()
+        self._halted = False
+        self._broken: BaseException | None = None
+        self._stopped = asyncio.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="kms-hasher", daemon=True)
 
     @property
     def calls(self) -> int:
@@ -81,8 +93,7 @@ class Workers:
         return self._limiter.calls
 
     def __enter__(self) -> Workers:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -91,52 +102,134 @@ class Workers:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._stopped.set()
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        with contextlib.suppress(RuntimeError):  # it has ended
+            self._loop.call_soon_threadsafe(self._stop)
+        self._thread.join()
+        left = list(self._gathered)
+        while not self._done.empty():
+            left += self._done.get()
+        with contextlib.suppress(AuditError):  # nothing of them is used
+            signals.emit_all([event for outcome in left for event in outcome.events])
 
-    def map(self, tasks: Sequence[tuple[T, Task]]) -> Iterator[tuple[T, Outcome]]:
-        """Do all tasks; yield what each was given with and came to, as they are done."""
-        if not self._threads:
-            for item, task in tasks:
-                yield item, self._outcome(task)
-            return
-        done: SimpleQueue[tuple[T, Outcome]] = SimpleQueue()
-        for item, task in tasks:
-            self._jobs.put(functools.partial(self._put, done, item, task))
-        for _ in tasks:
-            yield done.get()
+    def map(
+        self, pages: Iterator[Sequence[tuple[Any, Task]]], *, ahead: int = 1000
+    ) -> Iterator[list[Outcome]]:
+        """
+        Do all tasks; yield what they come to, some at a time and in no order.
 
-    def _put(self, done: SimpleQueue[tuple[T, Outcome]], item: T, task: Task) -> None:
-        done.put((item, self._outcome(task)))
+        The next page is taken while at most `ahead` tasks are not done: reading, calling
+        and what the caller does with the outcomes overlap. After an error no call is begun
+        before the caller has seen it and asks for more.
+        """
+        left = 0
+        page: Sequence[tuple[Any, Task]] | None = ()
+        while True:
+            while page is not None and left <= ahead:
+                page = next(pages, None)
+                if page:
+                    left += len(page)
+                    self._loop.call_soon_threadsafe(self._submit, page)
+            if not left:
+                return
+            outcomes = self._done.get()
+            if self._broken:
+                raise self._broken
+            left -= len(outcomes)
+            yield outcomes
+            if any(isinstance(outcome.value, Exception) for outcome in outcomes):
+                self._loop.call_soon_threadsafe(self._go_on)
 
-    def _work(self) -> None:
+    # --- in the thread of the event loop ------------------------------------------
+
+    def _run(self) -> None:
+        loop = self._loop
+        asyncio.set_event_loop(loop)
+        # For providers that know no event loop.
+        loop.set_default_executor(ThreadPoolExecutor(self._number, "kms-hasher-call"))
         try:
-            while job := self._jobs.get():
-                if not self._stopped.is_set():
-                    job()
+            loop.run_until_complete(self._serve())
+        except BaseException as error:  # noqa: BLE001  # the calling thread raises it
+            self._broken = error
         finally:
-            connections.close_all()
+            self._done.put([])  # nobody is to wait for more
+            loop.close()
 
-    def call(self, task: Callable[[], None]) -> None:
-        """Do one task here, outside the rate and the count. Raises what it raises at last."""
-        error = self._outcome(task, wait=lambda: None)
-        if isinstance(error, Exception):
-            raise error
+    async def _serve(self) -> None:
+        await self._stopped.wait()
+        await asyncio.gather(*self._running)
+        if close := getattr(keyring.provider(), "aclose", None):
+            await close()
+        await asyncio.get_running_loop().shutdown_default_executor()
 
-    def _outcome(self, task: Task, wait: Callable[[], None] | None = None) -> Outcome:
+    def _stop(self) -> None:
+        self._waiting.clear()
+        self._stopped.set()
+
+    async def _pause(self, seconds: float) -> bool:
+        """Sleep; return False, at once, if all is to end."""
+        try:
+            await asyncio.wait_for(self._stopped.wait(), seconds)
+        except asyncio.TimeoutError:
+            return True
+        return False
+
+    def _submit(self, page: Sequence[tuple[Any, Task]]) -> None:
+        self._waiting.extend(page)
+        self._start()
+
+    def _go_on(self) -> None:
+        self._halted = False
+        self._start()
+
+    def _start(self) -> None:
+        while not self._halted and self._waiting and len(self._running) < self._number:
+            running = self._loop.create_task(self._do(*self._waiting.popleft()))
+            self._running.add(running)
+
+    async def _do(self, item: Any, task: Task) -> None:
+        with signals.held() as events:
+            value = await self._outcome(task)
+        self._running -= {asyncio.current_task()}
+        self._gathered.append(Outcome(item, value, events))
+        self._halted = self._halted or isinstance(value, Exception)
+        more = self._running or (self._waiting and not self._halted)
+        if len(self._gathered) >= BATCH or not more:
+            self._hand_over()
+        elif len(self._gathered) == 1:
+            self._loop.call_later(GATHER, self._hand_over)
+        self._start()
+
+    def _hand_over(self) -> None:
+        if self._gathered:
+            self._done.put(self._gathered)
+            self._gathered = []
+
+    async def _outcome(self, task: Task) -> str | Exception | None:
         pauses = _pauses()
         while True:
-            (wait or self._limiter.wait)()
+            seconds = self._limiter.turn()
+            if seconds > 0 and not await self._pause(seconds):
+                return None
             try:
-                return task()
+                return await task()
             except KMSUnavailable as error:
-                if not pauses or self._stopped.wait(pauses.pop(0)):
-                    return error
+                if not pauses or not await self._pause(pauses.pop(0)):
+                    return error.with_traceback(None)
             except Exception as error:  # noqa: BLE001  # the calling thread raises it
-                return error
+                # Without these frames, which may hold what is to be sealed.
+                return error.with_traceback(None)
+
+
+def patiently(call: Callable[[], None]) -> None:
+    """Make one call here, again where KMS cannot answer. Raises what it raises at last."""
+    pauses = _pauses()
+    while True:
+        try:
+            return call()
+        except KMSUnavailable:
+            if not pauses:
+                raise
+            time.sleep(pauses.pop(0))
 
 
 def _pauses() -> list[float]:
