@@ -723,6 +723,27 @@ def test_stopping_ends_a_wait_for_the_rate() -> None:
     assert time.monotonic() - started < 10
 
 
+def test_errors_that_come_apart_are_each_waited_for() -> None:
+    """The second error comes between the first one's being seen and the going on."""
+    began: list[int] = []
+
+    def failing_after(seconds: float) -> workers.Task:
+        async def task() -> None:
+            began.append(1)
+            await asyncio.sleep(seconds)
+            raise errors.KMSAccessDenied
+
+        return task
+
+    with workers.Workers(2) as pool:
+        tasks = [failing_after(0), failing_after(0.2), *[failing_after(0)] * 4]
+        found = pool.map(iter([list(enumerate(tasks))]))
+        assert len(next(found)) == 1
+        time.sleep(0.3)  # and meanwhile the second has failed
+        assert len(next(found)) == 1
+        assert len(began) == 2
+
+
 def test_a_loop_that_breaks_is_not_waited_for() -> None:
     async def task() -> None:
         raise KeyboardInterrupt

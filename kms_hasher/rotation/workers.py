@@ -81,7 +81,7 @@ class Workers:
         self._running: set[Any] = set()
         self._gathered: list[Outcome] = []
         self._done: SimpleQueue[list[Outcome]] = SimpleQueue()
-        self._halted = False
+        self._unseen_errors = 0
         self._broken: BaseException | None = None
         self._stopped = asyncio.Event()
         self._loop = asyncio.new_event_loop()
@@ -136,8 +136,8 @@ class Workers:
                 raise self._broken
             left -= len(outcomes)
             yield outcomes
-            if any(isinstance(outcome.value, Exception) for outcome in outcomes):
-                self._loop.call_soon_threadsafe(self._go_on)
+            if errors := sum(isinstance(outcome.value, Exception) for outcome in outcomes):
+                self._loop.call_soon_threadsafe(self._go_on, errors)
 
     # --- in the thread of the event loop ------------------------------------------
 
@@ -177,12 +177,12 @@ class Workers:
         self._waiting.extend(page)
         self._start()
 
-    def _go_on(self) -> None:
-        self._halted = False
+    def _go_on(self, errors: int) -> None:
+        self._unseen_errors -= errors
         self._start()
 
     def _start(self) -> None:
-        while not self._halted and self._waiting and len(self._running) < self._number:
+        while not self._unseen_errors and self._waiting and len(self._running) < self._number:
             running = self._loop.create_task(self._do(*self._waiting.popleft()))
             self._running.add(running)
 
@@ -191,8 +191,8 @@ class Workers:
             value = await self._outcome(task)
         self._running -= {asyncio.current_task()}
         self._gathered.append(Outcome(item, value, events))
-        self._halted = self._halted or isinstance(value, Exception)
-        more = self._running or (self._waiting and not self._halted)
+        self._unseen_errors += isinstance(value, Exception)
+        more = self._running or (self._waiting and not self._unseen_errors)
         if len(self._gathered) >= BATCH or not more:
             self._hand_over()
         elif len(self._gathered) == 1:
