@@ -133,16 +133,12 @@ class Operations:
         algorithm: str = SYMMETRIC_DEFAULT,
         dry_run: bool = False,
     ) -> ReEncrypted:
-        params = _re_encryption(
-            source_key,
-            ciphertext,
-            source_context,
-            key,
-            context,
-            source_algorithm,
-            algorithm,
-            dry_run,
-        )
+        params = _re_encryption(source_key, ciphertext, source_context, key, context)
+        params |= {
+            "SourceEncryptionAlgorithm": source_algorithm,
+            "DestinationEncryptionAlgorithm": algorithm,
+            **_optional(DryRun=dry_run),
+        }
         with _blaming(source_key, key):
             answer = self._call("re_encrypt", key, source_key, **params)
         return _re_encrypted(answer, source_key, key)
@@ -286,25 +282,15 @@ class Operations:
 
 
 def _re_encryption(
-    source_key: str,
-    ciphertext: bytes,
-    source_context: Context,
-    key: str,
-    context: Context,
-    source_algorithm: str = SYMMETRIC_DEFAULT,
-    algorithm: str = SYMMETRIC_DEFAULT,
-    dry_run: bool = False,
+    source_key: str, ciphertext: bytes, source_context: Context, key: str, context: Context
 ) -> dict[str, Any]:
     return {
         "SourceKeyId": source_key,
         "CiphertextBlob": ciphertext,
-        "SourceEncryptionAlgorithm": source_algorithm,
         "DestinationKeyId": key,
-        "DestinationEncryptionAlgorithm": algorithm,
         **_optional(
             SourceEncryptionContext=dict(source_context),
             DestinationEncryptionContext=dict(context),
-            DryRun=dry_run,
         ),
     }
 
