@@ -6,9 +6,11 @@ import asyncio
 import base64
 import contextlib
 import datetime
+import ipaddress
 import logging
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +23,12 @@ import botocore.exceptions
 import botocore.parsers
 import moto
 import pytest
+from botocore.auth import SigV4Auth
+from botocore.awsrequest import AWSRequest
+from botocore.credentials import Credentials
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from django.test import override_settings
 from django.views.debug import ExceptionReporter
 
@@ -48,7 +56,7 @@ from kms_hasher.exceptions import (
     LimitExceeded,
 )
 from kms_hasher.providers.aws import AWSProvider
-from kms_hasher.providers.aws_async import parse
+from kms_hasher.providers.aws_async import Connections, parse
 from kms_hasher.providers.aws_errors import EXCEPTIONS, MISCONFIGURED, Answer, translate
 from tests.contract import ProviderContract, StrictProviderContract
 from tests.kms_double import ACCOUNT, OTHER_KEY, REGION, SPOILT, KMSDouble
@@ -506,6 +514,94 @@ def test_an_interrupted_call_is_not_answered_to_the_next(double, world):
     asyncio.run(some())
     first, second, third = (request.port for request in double.requests)
     assert first == second != third
+
+
+# --- TLS, which KMS itself is reached by -------------------------------------------------
+
+
+def certificate(directory, *names):
+    """Make a certificate for these names, signed by itself; return its path and the key's."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "the double")])
+    now = datetime.datetime.now(datetime.timezone.utc)
+    day = datetime.timedelta(days=1)
+    made = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), 1, now - day, now + day)
+        .add_extension(x509.SubjectAlternativeName(list(names)), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (directory / "certificate.pem").write_bytes(made.public_bytes(pem))
+    (directory / "key.pem").write_bytes(secret)
+    return directory / "certificate.pem", directory / "key.pem"
+
+
+class TestTLS:
+    LOCALHOST = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    OPERATIONS = pytest.mark.parametrize("operation", ["ReEncrypt", "ReEncrypt, async"])
+
+    @pytest.fixture
+    def serve(self, tmp_path, monkeypatch):
+        doubles = []
+
+        def serve(*names, trusted=True):
+            path, key = certificate(tmp_path, *names)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(path, key)
+            double = KMSDouble(tmp_path)
+            double._server.socket = context.wrap_socket(double._server.socket, server_side=True)
+            doubles.append(double.__enter__())
+            monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url.replace("http:", "https:"))
+            if trusted:
+                monkeypatch.setenv("AWS_CA_BUNDLE", str(path))
+            return World(double)
+
+        yield serve
+        for double in doubles:
+            double.stop()
+
+    @OPERATIONS
+    def test_a_trusted_server(self, serve, operation):
+        world, provider = serve(self.LOCALHOST), AWSProvider()
+        for _ in range(2):
+            assert CALLS[operation](provider, world).key_arn == world.arn
+        provider.close()
+
+    @OPERATIONS
+    def test_a_server_that_nobody_vouches_for(self, serve, operation):
+        world = serve(self.LOCALHOST, trusted=False)
+        error = failing(AWSProvider(**SHORT), world, operation)
+        assert type(error) is KMSConnectionError
+        assert "SSL" in error.code
+
+    @OPERATIONS
+    def test_a_certificate_for_another_name(self, serve, operation):
+        world = serve(x509.DNSName("kms.eu-central-1.amazonaws.com"))
+        error = failing(AWSProvider(**SHORT), world, operation)
+        assert type(error) is KMSConnectionError
+        assert "SSL" in error.code
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://kms.eu-central-1.amazonaws.com/", "kms.eu-central-1.amazonaws.com"),
+        ("https://kms.example.org:443/", "kms.example.org"),
+        ("https://kms.example.org:8443/", "kms.example.org:8443"),
+        ("http://localhost:80/", "localhost"),
+        ("http://[::1]:4566/", "[::1]:4566"),
+    ],
+)
+def test_the_host_is_named_as_it_is_signed(url, host):
+    request = AWSRequest(method="POST", url=url, data=b"{}")
+    signer = SigV4Auth(Credentials("a", "b"), "kms", REGION)
+    assert signer.headers_to_sign(request)["host"] == host
+    head = Connections(url, True, (1, 1))._bytes_of(request.prepare()).split(b"\r\n")
+    assert f"Host: {host}".encode() in head
 
 
 HEAD = b"HTTP/1.1 200 OK\r\nX-Amzn-RequestId: abc\r\n"

@@ -35,8 +35,9 @@ class Connections:
     def __init__(self, url: str, verify: bool | str, timeouts: tuple[float, float]) -> None:
         parts = urlsplit(url)
         self._host, self._path = parts.hostname or "", parts.path or "/"
-        self._netloc = parts.netloc.rpartition("@")[2]
         tls = parts.scheme == "https"
+        # As it was signed: botocore leaves the default port out.
+        self._netloc = parts.netloc.rpartition("@")[2].removesuffix(":443" if tls else ":80")
         self._port = parts.port or (443 if tls else 80)
         self._ssl = _tls(verify) if tls else None
         self._connect_timeout, self._read_timeout = timeouts
