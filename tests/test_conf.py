@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.test import override_settings
 
@@ -32,6 +33,16 @@ def test_defaults() -> None:
 def test_read_live() -> None:
     assert get(DEPLOYMENT="one").deployment == "one"
     assert get(DEPLOYMENT="two").deployment == "two"
+
+
+@override_settings(KMS_HASHER={"KEY": "alias/a", "PREVIOUS_KEYS": [], "OPTIONS": {}})
+def test_read_live_where_a_value_is_changed_in_place() -> None:
+    assert conf.get().previous_keys == ()
+    arn = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    settings.KMS_HASHER["PREVIOUS_KEYS"].append(arn)
+    settings.KMS_HASHER["OPTIONS"]["attempts"] = 3
+    assert conf.get().previous_keys == (arn,)
+    assert conf.get().options == {"attempts": 3}
 
 
 @pytest.mark.parametrize(
