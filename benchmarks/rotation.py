@@ -38,9 +38,9 @@ from django.test.utils import override_settings
 from kms_hasher import encoding
 from kms_hasher.audit import recorder
 from kms_hasher.encoding import Argon2Parameters, Header, SealedHash
-from kms_hasher.models import Rotation
+from kms_hasher.models import RotationRun
 from kms_hasher.providers import base
-from kms_hasher.rotation import engine, jobs, rotate, runs, workers
+from kms_hasher.rotation import engine, jobs, runs, sweeps, workers
 
 OLD = stub.ARN.replace("5555", "4444")
 NAIVE = 300
@@ -103,8 +103,8 @@ def alone(rows: int, concurrency: int) -> None:
 
 def ours(concurrency: int) -> None:
     options = engine.Options(concurrency=concurrency, settle=0)
-    with runs.recorded(Rotation.Kind.REWRAP) as record:
-        for _ in engine.walk(job(), rotate.columns_and_widths(), options, record):
+    with runs.recorded(RotationRun.Kind.REWRAP) as record:
+        for _ in sweeps.conduct(record, job(), options):
             pass
 
 

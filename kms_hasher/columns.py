@@ -30,8 +30,12 @@ class Column:
     database: str
 
     def __str__(self) -> str:
-        name = f"{self.model._meta.label}.{self.field.name}"
-        return name if self.database == "default" else f"{name} ({self.database})"
+        return self.label if self.database == "default" else f"{self.label} ({self.database})"
+
+    @property
+    def label(self) -> str:
+        """The name of the field, as `PASSWORD_FIELDS` has it."""
+        return f"{self.model._meta.label}.{self.field.name}"
 
     @property
     def rows(self) -> QuerySet[Any]:

@@ -33,6 +33,17 @@ class RotationRefused(KMSHasherError):
     """Raised when a step of a rotation would lose data or cannot be done as asked."""
 
 
+class RotationCancelled(KMSHasherError):
+    """Raised where a run is under way that somebody has cancelled."""
+
+    def __init__(self, message: str = "The run was cancelled.") -> None:
+        super().__init__(message)
+
+
+class WorkerFailed(KMSHasherError):
+    """Raised when a process that worked on a run could not go on, or has ended."""
+
+
 class KMSError(KMSHasherError):
     """
     Raised when a call to KMS does not give the result asked for.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models
 from django.utils.translation import gettext_lazy as _
 
@@ -73,8 +74,8 @@ class AliasPeriod(models.Model):
         return f"{self.alias} → {self.key}"
 
 
-class Rotation(models.Model):
-    """A run of a command that rewrote stored passwords."""
+class RotationRun(models.Model):
+    """A run of a command that rewrites stored passwords."""
 
     class Kind(models.TextChoices):
         REWRAP = "rewrap", _("re-wrap")
@@ -86,9 +87,11 @@ class Rotation(models.Model):
 
     class State(models.TextChoices):
         RUNNING = "running", _("running")
+        PAUSED = "paused", _("paused")
         FINISHED = "finished", _("finished")
         FAILED = "failed", _("failed")
         INTERRUPTED = "interrupted", _("interrupted")
+        CANCELLED = "cancelled", _("cancelled")
 
     kind = models.CharField(_("kind"), max_length=16, choices=Kind.choices)
     state = models.CharField(
@@ -115,6 +118,27 @@ class Rotation(models.Model):
     updated_at = models.DateTimeField(_("last sign of life"))
     finished_at = models.DateTimeField(_("finished at"), null=True, blank=True)
     started_by = models.CharField(_("started by"), max_length=255, blank=True)
+    plan = models.JSONField(
+        _("plan"),
+        default=dict,
+        blank=True,
+        encoder=DjangoJSONEncoder,
+        help_text=_("What was to be done and how, for every process that works on it."),
+    )
+    owner = models.CharField(
+        _("conducted by"),
+        max_length=255,
+        blank=True,
+        help_text=_("The process that opens the sweeps: host, process id and a token."),
+    )
+    rate = models.FloatField(
+        _("rate cap"),
+        null=True,
+        blank=True,
+        help_text=_("Calls to KMS per second at the most, over all processes."),
+    )
+    sweep = models.PositiveIntegerField(_("sweep"), default=0)
+    total = models.BigIntegerField(_("rows expected"), default=0)
     rewritten = models.BigIntegerField(_("rewritten"), default=0)
     overtaken = models.BigIntegerField(
         _("overtaken"), default=0, help_text=_("Changed by their user meanwhile; left as is.")
@@ -122,15 +146,70 @@ class Rotation(models.Model):
     failed = models.BigIntegerField(
         _("bad rows"), default=0, help_text=_("Could not be rewritten; left as they were.")
     )
+    calls = models.BigIntegerField(
+        _("calls"), default=0, help_text=_("Calls to KMS, those made again included.")
+    )
     error = models.TextField(_("error"), blank=True)
 
     class Meta:
-        verbose_name = _("rotation")
-        verbose_name_plural = _("rotations")
+        verbose_name = _("rotation run")
+        verbose_name_plural = _("rotation runs")
         ordering = ["-started_at", "-pk"]
 
     def __str__(self) -> str:
         return f"{self.get_kind_display()} {self.started_at:%Y-%m-%d %H:%M}"
+
+
+class RotationShard(models.Model):
+    """
+    A part of one column that one process works on at a time, in one sweep of a run.
+
+    `after` and `upto` bound its primary keys, as text; "" is no bound. All rows up to
+    `cursor` are done.
+    """
+
+    class State(models.TextChoices):
+        WAITING = "waiting", _("waiting")
+        WORKING = "working", _("being worked on")
+        DONE = "done", _("done")
+        FAILED = "failed", _("failed")
+
+    run = models.ForeignKey(
+        RotationRun, on_delete=models.CASCADE, related_name="shards", verbose_name=_("run")
+    )
+    sweep = models.PositiveIntegerField(_("sweep"))
+    number = models.PositiveIntegerField(_("number"))
+    database = models.CharField(_("database"), max_length=255)
+    column = models.CharField(_("column"), max_length=255)
+    after = models.TextField(_("after key"), blank=True)
+    upto = models.TextField(_("up to key"), blank=True)
+    cursor = models.TextField(_("done up to key"), blank=True)
+    state = models.CharField(
+        _("state"), max_length=16, choices=State.choices, default=State.WAITING
+    )
+    owner = models.CharField(_("worked on by"), max_length=255, blank=True)
+    updated_at = models.DateTimeField(_("last sign of life"), null=True, blank=True)
+    looked = models.BigIntegerField(_("looked at"), default=0)
+    rewritten = models.BigIntegerField(_("rewritten"), default=0)
+    overtaken = models.BigIntegerField(_("overtaken"), default=0)
+    failed = models.BigIntegerField(_("bad rows"), default=0)
+    calls = models.BigIntegerField(_("calls"), default=0)
+    bad = models.JSONField(_("bad rows, named"), default=list, blank=True)
+    sources = models.JSONField(_("key refs left"), default=list, blank=True)
+    error = models.TextField(_("error"), blank=True)
+
+    class Meta:
+        verbose_name = _("shard")
+        verbose_name_plural = _("shards")
+        ordering = ["run", "sweep", "number"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["run", "sweep", "number"], name="kms_shard_once_a_sweep"
+            )
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.column} {self.sweep}.{self.number}"
 
 
 class AppendOnly(models.QuerySet["AuditEvent"]):

@@ -18,13 +18,13 @@ from django.utils import timezone
 
 from kms_hasher import encoding, history, signals
 from kms_hasher.admin import events as events_admin
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 
 pytestmark = pytest.mark.django_db
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/{}"
 EVENTS = "/admin/kms_hasher/auditevent/"
-MODELS = (Key, AliasPeriod, Rotation, AuditEvent)
+MODELS = (Key, AliasPeriod, RotationRun, AuditEvent)
 
 
 def make_key(number: int = 0) -> Key:
@@ -45,10 +45,10 @@ def make_event(**changes: Any) -> AuditEvent:
     return AuditEvent.objects.create(**{**values, **changes})
 
 
-def make_rotation(key: Key, **changes: Any) -> Rotation:
+def make_rotation(key: Key, **changes: Any) -> RotationRun:
     now = timezone.now()
     values = {"kind": "rewrap", "started_at": now, "updated_at": now, "key": key}
-    return Rotation.objects.create(**{**values, **changes})
+    return RotationRun.objects.create(**{**values, **changes})
 
 
 def populate(number: int) -> None:
@@ -254,13 +254,13 @@ def test_a_rotation_without_sign_of_life(
         started_at=then - datetime.timedelta(seconds=75),
         updated_at=then,
     )
-    for url in (list_url(Rotation), page_url(rotation)):
+    for url in (list_url(RotationRun), page_url(rotation)):
         html = admin.get(url).content.decode()
         assert shown in re.findall(
             r"field-state_now[^>]*>\s*(?:<[^>]*>\s*)*([\w?]+)", html
         ) or (f">{shown}<" in html)
         assert "0:01:15" in html
-    assert "→" in admin.get(list_url(Rotation)).content.decode()
+    assert "→" in admin.get(list_url(RotationRun)).content.decode()
 
 
 # --- events -------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from django.utils import timezone
 from kms_hasher import encoding, keyring
 from kms_hasher import exceptions as errors
 from kms_hasher.management.commands import _walk, rotate_kms_key
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 from kms_hasher.providers.base import Provider
 from kms_hasher.rotation import engine, status, workers
-from kms_hasher.rotation.engine import Progress
+from kms_hasher.rotation.sweeps import Progress
 from tests.hashers import CheapArgon2PasswordHasher
 
 pytestmark = pytest.mark.django_db
@@ -79,7 +79,7 @@ def run_json(name: str, *arguments: str, status: int = 0) -> dict[str, Any]:
 def everything() -> list[list[Any]]:
     return [
         list(model._base_manager.order_by("pk").values_list())
-        for model in (User, Key, AliasPeriod, Rotation)
+        for model in (User, Key, AliasPeriod, RotationRun)
     ]
 
 
@@ -223,7 +223,7 @@ def test_ctrl_c(kms: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kms, "re_encrypt", stop)
     _, err = run("rotate_kms_key", "--new-key", status=130)
     assert _walk.INTERRUPTED in err
-    assert Rotation.objects.get().state == "interrupted"
+    assert RotationRun.objects.get().state == "interrupted"
     monkeypatch.undo()
     out, _ = run("rotate_kms_key", "--new-key")
     assert "this one goes on with" in out
@@ -239,7 +239,7 @@ def test_ctrl_c_while_the_progress_is_shown(
 
     monkeypatch.setattr(_walk.Shown, "progress", stop)
     run("rotate_kms_key", "--new-key", status=130)
-    assert Rotation.objects.get().state == "interrupted"
+    assert RotationRun.objects.get().state == "interrupted"
 
 
 def test_settings_that_cannot_work() -> None:

@@ -20,7 +20,7 @@ from django.test import Client
 from django.urls import reverse
 
 from kms_hasher import encoding, exceptions, keyring
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 from tests.kms_double import KMSDouble
 
 pytestmark = pytest.mark.django_db
@@ -94,7 +94,7 @@ def test_create_sign_in_rotate_sign_in() -> None:
     assert old.until is not None
     assert new.until is None
     assert Key.objects.get(ref=old.key.ref).state == "Disabled"
-    assert Rotation.objects.latest("pk").rewritten == 3
+    assert RotationRun.objects.latest("pk").rewritten == 3
 
     assert is_signed_in(client)
     assert sign_in("carl") is not None

@@ -25,11 +25,23 @@ from kms_hasher import calls as calls_module
 from kms_hasher import columns, encoding, history, keyring, signals, users
 from kms_hasher import exceptions as errors
 from kms_hasher.columns import Column
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 from kms_hasher.providers.base import Provider
-from kms_hasher.rotation import engine, jobs, keys, plan, rotate, runs, seal, status, workers
-from kms_hasher.rotation.engine import BadRow, Options, Progress
+from kms_hasher.rotation import (
+    engine,
+    jobs,
+    keys,
+    plan,
+    rotate,
+    runs,
+    seal,
+    status,
+    sweeps,
+    workers,
+)
+from kms_hasher.rotation.engine import BadRow, Options
 from kms_hasher.rotation.rotate import Rotated
+from kms_hasher.rotation.sweeps import Progress
 from kms_hasher.signals import Event, kms_event
 from tests.hashers import CheapArgon2PasswordHasher
 
@@ -140,7 +152,7 @@ def test_a_new_key_takes_over_all_passwords(kms: Provider, calls: Calls) -> None
     # One call for each row, and no digest ever leaves KMS.
     assert rotation["ReEncrypt"] == progress.calls == 7
     assert rotation["Decrypt"] == 7  # those of check_password above
-    row = Rotation.objects.get()
+    row = RotationRun.objects.get()
     assert (row.kind, row.state, row.alias) == ("new-key", "finished", ALIAS)
     assert (row.rewritten, row.overtaken, row.failed, row.error) == (7, 0, 0, "")
     assert row.key and row.key.arn == result.target.key_arn
@@ -167,7 +179,8 @@ def test_nothing_to_do_is_one_lookup(kms: Provider, calls: Calls) -> None:
     _, progress, _ = rotated()
     assert calls()[made:] == ["DescribeKey"]
     assert passwords() == before
-    assert (progress.sweep, progress.looked, progress.rewritten) == (1, 0, 0)
+    assert (progress.sweep, progress.looked, progress.rewritten) == (0, 0, 0)
+    assert RotationRun.objects.get().state == "finished"
 
 
 def test_an_alias_moved_in_aws_is_followed(kms: Provider) -> None:
@@ -226,7 +239,7 @@ def test_an_overtaken_password_is_not_lost(
     assert (progress.rewritten, progress.overtaken) == (1, 1)
     assert User.objects.get(pk=user.pk).check_password("new")
     assert refs() == {encoding.key_ref(result.target.key_id): 2}
-    assert Rotation.objects.get().overtaken == 1
+    assert RotationRun.objects.get().overtaken == 1
 
 
 def test_rows_that_cannot_be_written_end_the_run(
@@ -259,7 +272,7 @@ def test_a_late_alias_is_waited_for(kms: Provider, monkeypatch: pytest.MonkeyPat
         ):
             make_users(1, prefix="late")
 
-    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept))
+    monkeypatch.setattr(sweeps, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept))
     planned = plan.make(new_key=True)
     options = Options(concurrency=1, settle=0.001)
     steps = list(rotate.rotate(planned, options))
@@ -315,12 +328,12 @@ def test_two_runs_that_move_the_alias_do_not_undo_each_other(kms: Provider) -> N
         plan.make(new_key=True), Options(concurrency=1, settle=0, batch_size=2)
     )
     next(first)  # the alias is moved, and a first page done
-    Rotation.objects.update(state="finished")  # or the second would join the first
+    RotationRun.objects.update(state="finished")  # or the second would join the first
     second, progress, _ = rotated(new_key=True)
     assert progress.rewritten == 6
     with pytest.raises(errors.RotationRefused, match="was moved to"):
         list(first)
-    assert Rotation.objects.filter(state="failed").count() == 1
+    assert RotationRun.objects.filter(state="failed").count() == 1
     # The first brought some rows to its own key before it noticed; a run puts that right.
     result, _, _ = rotated()
     assert result.target.key_arn == second.target.key_arn
@@ -355,7 +368,10 @@ def test_what_a_query_cannot_tell_the_parser_decides(kms: Provider) -> None:
     # Made by a hasher that is not listed (any more), and under the key already.
     value = damage(users[0], users[0].password.replace("kms_argon2$", "kms_former$"))
     _, progress, bad = rotated()
-    assert (progress.looked, progress.calls, bad) == (1, 0, [])
+    assert (progress.looked, progress.calls, bad) == (0, 0, [])  # nothing is counted
+    damage(users[1], "kms_argon2$nonsense")
+    _, progress, bad = rotated()
+    assert (progress.looked, progress.calls, len(bad)) == (2, 0, 1)
     assert passwords()[users[0].pk] == value
     assert encoding.parse(value).key_id == target.key_id
 
@@ -412,7 +428,7 @@ def test_bad_rows_are_reported_and_left(kms: Provider, calls: Calls) -> None:
     # None is tried again in the sweep that follows.
     assert calls()[made:].count("ReEncrypt") == 4
     assert progress.sweep > 1
-    row = Rotation.objects.get()
+    row = RotationRun.objects.get()
     assert (row.state, row.failed) == ("finished", 4)
 
 
@@ -455,7 +471,7 @@ def test_an_unusable_target_stops_at_once(
         list(rotate.rotate(planned, OPTIONS))
     assert blocked.calls == 1
     assert passwords() == before
-    row = Rotation.objects.get()
+    row = RotationRun.objects.get()
     assert (row.state, row.rewritten) == ("failed", 0)
     assert "disabled" in row.error
 
@@ -501,7 +517,7 @@ def test_errors_of_others_are_raised_as_they_are(
     monkeypatch.setattr(keyring, "arewrap", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         rotated(new_key=True)
-    assert Rotation.objects.get().error == "ZeroDivisionError"
+    assert RotationRun.objects.get().error == "ZeroDivisionError"
 
 
 def test_a_value_too_long_for_the_column_is_not_written(
@@ -563,7 +579,7 @@ def test_an_outage_stops_the_run_and_the_next_goes_on(
     Interfering(monkeypatch, kms, "re_encrypt", fail)
     with pytest.raises(errors.KMSTimeout):
         rotated(new_key=True)
-    failed = Rotation.objects.get()
+    failed = RotationRun.objects.get()
     assert (failed.state, failed.rewritten) == ("failed", 2)
     assert all_can_sign_in()
     # The same command again uses the key that was made.
@@ -571,7 +587,9 @@ def test_an_outage_stops_the_run_and_the_next_goes_on(
     assert planned.resumes
     result, progress, _ = finish(rotate.rotate(planned, OPTIONS))
     assert failed.key and result.target.key_arn == failed.key.arn
-    assert progress.rewritten == 3
+    assert progress.rewritten == 5
+    again = RotationRun.objects.get()  # it is the same run that came to its end
+    assert (again.pk, again.state, again.error) == (failed.pk, "finished", "")
     assert refs() == {failed.key.ref: 5}
     # And once it is finished, another new key is another key.
     assert not plan.make(new_key=True).resumes
@@ -784,17 +802,17 @@ def test_a_single_call_raises_at_last(error: type[errors.KMSError], tries: int) 
 def test_a_silent_run_is_marked_as_interrupted() -> None:
     now = timezone.now()
     silent, alive = (
-        Rotation.objects.create(
+        RotationRun.objects.create(
             kind="rewrap", started_at=now, updated_at=now - datetime.timedelta(minutes=minutes)
         )
         for minutes in (11, 9)
     )
-    with runs.recorded(Rotation.Kind.WRAP, started_by="the deployment"):
+    with runs.recorded(RotationRun.Kind.WRAP, started_by="the deployment"):
         pass
     silent.refresh_from_db()
     alive.refresh_from_db()
     assert (silent.state, alive.state) == ("interrupted", "running")
-    assert Rotation.objects.get(kind="wrap").started_by == "the deployment"
+    assert RotationRun.objects.get(kind="wrap").started_by == "the deployment"
 
 
 def test_a_run_gives_signs_of_life(kms: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -804,11 +822,11 @@ def test_a_run_gives_signs_of_life(kms: Provider, monkeypatch: pytest.MonkeyPatc
     seen = []
     steps = rotate.rotate(plan.make(new_key=True), OPTIONS)
     for progress in steps:
-        row = Rotation.objects.get()
+        row = RotationRun.objects.get()
         seen.append((row.state, row.rewritten))
         assert row.rewritten == progress.rewritten
         # taken for dead by another run: the next sign of life says otherwise
-        Rotation.objects.update(state="interrupted")
+        RotationRun.objects.update(state="interrupted")
     assert ("running", 2) in seen
 
 
@@ -819,7 +837,7 @@ def test_a_stopped_run_says_so(kms: Provider, stop: type[BaseException]) -> None
     next(steps)
     with pytest.raises(stop):
         steps.throw(stop)
-    assert Rotation.objects.get().state == "interrupted"
+    assert RotationRun.objects.get().state == "interrupted"
     assert plan.make(new_key=True).resumes
 
 
@@ -828,7 +846,7 @@ def test_a_user_without_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyError("uid not found")
 
     monkeypatch.setattr(runs.getpass, "getuser", unknown)
-    with runs.recorded(Rotation.Kind.WRAP) as record:
+    with runs.recorded(RotationRun.Kind.WRAP) as record:
         assert record.row.started_by.partition("@")[0].isdigit()
 
 
@@ -849,7 +867,7 @@ def everything() -> list[list[Any]]:
     """All rows that a rotation might write."""
     return [
         list(model._base_manager.order_by("pk").values_list())
-        for model in (User, Key, AliasPeriod, Rotation)
+        for model in (User, Key, AliasPeriod, RotationRun)
     ]
 
 
@@ -918,7 +936,7 @@ def test_a_bootstrap_that_was_stopped_is_gone_on_with(
     with with_key(name):
         with pytest.raises(errors.KMSConnectionError):
             rotated(new_key=True)
-        made = Rotation.objects.get().key
+        made = RotationRun.objects.get().key
         result, _, _ = rotated(new_key=True)
     assert made and result.target.key_arn == made.arn
 
@@ -953,7 +971,7 @@ def test_to_an_existing_key(kms: Provider) -> None:
     assert kms.describe_key(ALIAS).key_arn == key.key_arn
     assert refs() == {encoding.key_ref(key.key_id): 2}
     assert not plan.make(to=name).moves_alias
-    assert Rotation.objects.get().kind == "to-key"
+    assert RotationRun.objects.get().kind == "to-key"
     assert len(result.left) == 1
 
 
@@ -1037,7 +1055,7 @@ def test_new_material(kms: Provider, calls: Calls) -> None:
     assert stored.header == header
     opened = kms.decrypt(before.key_arn, stored.sealed, keyring.context_of(header))
     assert opened.key_material_id == result.target.key_material_id
-    assert Rotation.objects.get().kind == "new-material"
+    assert RotationRun.objects.get().kind == "new-material"
 
 
 def test_new_material_that_was_interrupted_is_not_renewed_again(
@@ -1058,7 +1076,8 @@ def test_new_material_that_was_interrupted_is_not_renewed_again(
     _, progress, _ = finish(rotate.rotate(planned, OPTIONS))
     assert "RotateKeyOnDemand" not in calls()[made:]
     # Those that had the new material already are not written.
-    assert (progress.rewritten, progress.calls) == (4, 6)
+    assert progress.rewritten == 6
+    assert calls()[made:].count("ReEncrypt") == 4
     assert sum(before[pk] == value for pk, value in passwords().items()) == 2
 
 
@@ -1198,7 +1217,7 @@ def test_stock_hashes_are_sealed_in_place(kms: Provider, calls: Calls) -> None:
     assert user.password.startswith("kms_argon2$")
     assert user.check_password("pw0")
     assert user.get_session_auth_hash() == session_hash
-    row = Rotation.objects.get()
+    row = RotationRun.objects.get()
     assert (row.kind, row.state, row.rewritten) == ("wrap", "finished", 3)
     assert row.key and row.key.rows == 3
 
@@ -1275,7 +1294,7 @@ def test_there_is_a_way_back(kms: Provider) -> None:
         assert User.objects.get(pk=users[1].pk).check_password("pw1")
     assert progress.rewritten == 3
     assert passwords() == stock
-    assert Rotation.objects.first().kind == "unwrap"  # type: ignore[union-attr]
+    assert RotationRun.objects.first().kind == "unwrap"  # type: ignore[union-attr]
 
 
 def test_the_way_back_leaves_bad_rows(kms: Provider, calls: Calls) -> None:
@@ -1302,7 +1321,7 @@ def test_the_way_back_stops_at_an_outage(
     Interfering(monkeypatch, kms, "decrypt", fail)
     with unsealing(), pytest.raises(errors.KMSTimeout):
         finish(seal.unwrap(OPTIONS))
-    assert Rotation.objects.get().state == "failed"
+    assert RotationRun.objects.get().state == "failed"
 
 
 # --- progress -----------------------------------------------------------------------
@@ -1452,13 +1471,13 @@ def test_a_key_that_cannot_be_described(
 
 def test_the_last_run(kms: Provider) -> None:
     now = timezone.now()
-    row = Rotation.objects.create(
+    row = RotationRun.objects.create(
         kind="rewrap", started_at=now, updated_at=now, state="failed", error="KMS was away"
     )
     assert "is failed (KMS was away). Run it again" in problems()
-    Rotation.objects.update(state="running", error="")
+    RotationRun.objects.update(state="running", error="")
     assert problems() == ""
-    Rotation.objects.update(updated_at=now - datetime.timedelta(hours=1))
+    RotationRun.objects.update(updated_at=now - datetime.timedelta(hours=1))
     assert "is interrupted. Run it again" in problems()
     row.delete()
     assert status.look().last is None

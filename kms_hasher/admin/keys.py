@@ -17,7 +17,7 @@ from kms_hasher.admin.base import NONE, ON_PAGE, ReadOnlyAdmin, may_view, number
 from kms_hasher.admin.events import events_url, latency, outcome
 from kms_hasher.admin.rotations import state_of
 from kms_hasher.exceptions import ConfigurationError
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 
 
 @admin.register(Key)
@@ -86,8 +86,8 @@ class KeyAdmin(ReadOnlyAdmin):
         key: Key = context["original"]
         if may_view(request, AliasPeriod):
             context["periods"] = key.alias_periods.all()[:ON_PAGE]
-        if may_view(request, Rotation):
-            rotations = Rotation.objects.filter(Q(key=key) | Q(previous_key=key))
+        if may_view(request, RotationRun):
+            rotations = RotationRun.objects.filter(Q(key=key) | Q(previous_key=key))
             latest = rotations.select_related("key", "previous_key")[:ON_PAGE]
             context["rotations"] = [
                 {

@@ -12,11 +12,11 @@ from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
 from kms_hasher.admin.base import NONE, ReadOnlyAdmin, short
-from kms_hasher.models import Rotation
+from kms_hasher.models import RotationRun
 from kms_hasher.rotation.runs import SILENCE
 
 
-@admin.register(Rotation)
+@admin.register(RotationRun)
 class RotationAdmin(ReadOnlyAdmin):
     list_display = (
         "started_at",
@@ -51,23 +51,23 @@ class RotationAdmin(ReadOnlyAdmin):
     readonly_fields = fields
 
     @admin.display(description=_("state"), ordering="state")
-    def state_now(self, rotation: Rotation) -> str:
+    def state_now(self, rotation: RotationRun) -> str:
         return state_of(rotation)
 
     @admin.display(description=_("from and to key"))
-    def from_to(self, rotation: Rotation) -> SafeString:
+    def from_to(self, rotation: RotationRun) -> SafeString:
         keys = (rotation.previous_key, rotation.key)
         return format_html("{} → {}", *(short(str(key)) if key else NONE for key in keys))
 
     @admin.display(description=_("duration"))
-    def duration(self, rotation: Rotation) -> str:
+    def duration(self, rotation: RotationRun) -> str:
         taken = (rotation.finished_at or rotation.updated_at) - rotation.started_at
         return str(datetime.timedelta(seconds=round(taken.total_seconds())))
 
 
-def state_of(rotation: Rotation) -> str:
+def state_of(rotation: RotationRun) -> str:
     """Return the state for people: a killed command leaves "running" behind."""
-    running = rotation.state == str(Rotation.State.RUNNING)
+    running = rotation.state == str(RotationRun.State.RUNNING)
     if running and timezone.now() - rotation.updated_at > SILENCE:
         return gettext("interrupted?")
     return str(rotation.get_state_display())

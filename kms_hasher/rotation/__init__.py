@@ -8,7 +8,7 @@ engine    walks the rows of all columns; what is done to a row is a `Job`
 jobs      re-wrap, new material, wrap, unwrap
 keys      makes keys, moves the alias, disables keys that no row needs
 workers   threads, retries and the rate limit
-runs      the `Rotation` row of a run
+runs      the `RotationRun` row of a run
 status    what `kms_status` tells
 
 Nothing here prints or parses arguments: a run is a generator of `engine.Progress`.

@@ -1,39 +1,38 @@
 """
-Walks the rows of all password columns and rewrites those that a job wants rewritten.
+Walks the rows of a shard and rewrites those that a job wants rewritten.
 
 Rows are read in pages by primary key and changed in KMS, many at once; what comes back is
 written by compare-and-swap, a hundred rows to a statement. The three overlap: the calling
 thread has the database, another one KMS. Killed at any instant, every row holds its old
-value or its new one, and the next run does the rest. Two runs at once cost calls and do no
-harm.
+value or its new one, and whoever takes the shard next does the rest.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from django.db.models import QuerySet
 
-from kms_hasher import signals
+from kms_hasher import signals, users
 from kms_hasher.columns import Change, Column
-from kms_hasher.exceptions import KMSHasherError, MalformedHash, RotationRefused
-from kms_hasher.rotation.runs import HEARTBEAT, Record
-from kms_hasher.rotation.workers import Outcome, Task, Workers, patiently
+from kms_hasher.exceptions import KMSHasherError, MalformedHash
+from kms_hasher.models import RotationRun, RotationShard
+from kms_hasher.rotation import shards
+from kms_hasher.rotation.workers import Outcome, Task, Workers
 
-#: Seconds between two snapshots of the progress.
-EVERY = 0.25
+#: Seconds between two signs of life of a shard.
+EVERY = 0.5
 
-#: So many sweeps in a row may find rows to rewrite and rewrite none.
-FRUITLESS = 10
+#: So many bad rows of a shard are named; all are counted.
+NAMED = 1000
 
-UNSTABLE = (
-    "{number} sweeps in a row rewrote nothing, although there are rows to rewrite: each was "
-    "changed meanwhile, or the database does not find it by the value it gave. Every "
-    "password is as good as it was."
-)
+#: States of a run in which nobody works on it.
+RESTING = (RotationRun.State.PAUSED, RotationRun.State.CANCELLED, RotationRun.State.FAILED)
+
 TOO_LONG = "the rewritten value is longer than the column"
 
 
@@ -42,6 +41,9 @@ class Job(Protocol):
 
     #: Whether sweeps go on until one finds nothing; else one is all.
     until_clean: bool
+
+    #: Refs of the keys that rows were brought away from.
+    sources: set[str]
 
     def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
         """Narrow the rows by what a query can tell; at the least to sealed or stock ones."""
@@ -63,16 +65,19 @@ class Job(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """
-    How a run goes about it.
+    How a run goes about it. All of it is known to every process that works on it.
 
-    `concurrency` is how many calls are in flight at once, `rate` their number per second at
-    the most, None for no limit; `settle` the
-    seconds to wait for a moved alias before the last sweep.
+    `concurrency` is how many calls a process has in flight at once, `rate` how many all
+    processes together make per second at the most, None for no limit. `processes` work on it
+    on this machine. `sleep` are the seconds between two pages, `settle` those to wait for a
+    moved alias before the last sweep.
     """
 
     batch_size: int = 500
     concurrency: int = 32
     rate: float | None = None
+    processes: int = 1
+    sleep: float = 0.0
     settle: float = 5.0
 
 
@@ -88,156 +93,125 @@ class BadRow:
         return f"{self.column} pk={self.pk}: {self.reason}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Progress:
+@dataclass
+class Page:
+    """Rows that were read: how many are not done, and the last key, None for a second look."""
+
+    rows: list[tuple[Any, str]]
+    last: Any
+    left: int
+
+
+def width_of(column: Column) -> int | None:
+    """Return the characters that both the field and the real column hold, or None."""
+    widths = (column.field.max_length, users.column_width(column))
+    return min((width for width in widths if width is not None), default=None)
+
+
+class Walker:
     """
-    How far a run is. The counts are of the whole run but for `looked`, which is of the
-    sweep, and `failed`, the bad rows there are now; `bad` are those found since the last
-    snapshot. `total` is how many rows were expected, `seconds` the time since the start.
+    Does a job on one shard of a run after another, in the calling thread.
+
+    `rate` is shared evenly with all others that are at work, counted anew at each sign of
+    life.
     """
 
-    sweep: int = 0
-    looked: int = 0
-    total: int = 0
-    rewritten: int = 0
-    overtaken: int = 0
-    failed: int = 0
-    calls: int = 0
-    seconds: float = 0.0
-    waiting: bool = False
-    bad: tuple[BadRow, ...] = field(default=(), repr=False)
-
-    @property
-    def rate(self) -> float:
-        """Calls per second."""
-        return self.calls / self.seconds if self.seconds else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """The time the first sweep still takes, or None where that cannot be told."""
-        if self.sweep != 1 or not self.looked:
-            return None
-        return max(self.total - self.looked, 0) * self.seconds / self.looked
-
-
-def walk(
-    job: Job,
-    columns: Sequence[tuple[Column, int | None]],
-    options: Options,
-    record: Record,
-    *,
-    total: int = 0,
-    settle: bool = False,
-) -> Iterator[Progress]:
-    """
-    Do the job on all rows of the columns; yield the progress, at last the final one.
-
-    Each column comes with the characters it holds, or None. With `settle`, a last sweep
-    follows `options.settle` seconds after one that found nothing. Raises what the job does
-    not blame on a row: KMS out of reach after all tries, access denied, a target that
-    cannot be used; and `RotationRefused` if no row lets itself be written.
-    """
-    with Workers(options.concurrency, options.rate) as workers:
-        run = _Run(job, options, record, workers, total)
-        while True:
-            found = yield from run.sweep(columns)
-            if not found or not job.until_clean:
-                if not settle:
-                    break
-                settle = False
-                yield from run.wait(options.settle)
-            patiently(job.check)
-        yield run.snapshot()
-
-
-class _Run:
-    """One run while it is under way."""
-
-    def __init__(
-        self, job: Job, options: Options, record: Record, workers: Workers, total: int
-    ) -> None:
-        self._job, self._options, self._record, self._workers = job, options, record, workers
-        self._total = total
-        self._started = self._told = time.monotonic()
-        self._sweep = self._looked = self._rewritten = self._overtaken = 0
-        self._fruitless = 0
-        self._waiting = False
-        self._news: list[BadRow] = []
+    def __init__(self, run: RotationRun, job: Job, options: Options, workers: Workers) -> None:
+        self._run, self._job, self._options, self._workers = run, job, options, workers
         # Bad rows and a hash of their values, which never leaves the process: one that has
         # not changed is not tried again in the next sweep.
-        self._bad: dict[tuple[Column, Any], int] = {}
-        self._bad_before = self._bad
+        self._bad: dict[tuple[str, Any], tuple[int, str]] = {}
+        self._widths: dict[Column, int | None] = {}
+        #: Whether the last shard was left early, as the run rests or another has the shard.
+        self.stopped = False
 
-    @property
-    def _failed(self) -> int:
-        return max(len(self._bad), len(self._bad_before))
+    def walk(self, shard: RotationShard) -> Iterator[None]:
+        """
+        Work on a shard that is ours to its end, or until the run rests or the shard is lost.
 
-    def snapshot(self) -> Progress:
-        self._told = time.monotonic()
-        news, self._news = tuple(self._news), []
-        return Progress(
-            sweep=self._sweep,
-            looked=self._looked,
-            total=self._total,
-            rewritten=self._rewritten,
-            overtaken=self._overtaken,
-            failed=self._failed,
-            calls=self._workers.calls,
-            seconds=self._told - self._started,
-            waiting=self._waiting,
-            bad=news,
-        )
-
-    def sweep(
-        self, columns: Sequence[tuple[Column, int | None]]
-    ) -> Generator[Progress, None, bool]:
-        """Go over all rows once; return whether there was one to rewrite."""
-        rewritten, before = self._rewritten, self._rewritten + self._overtaken
-        self._sweep += 1
-        self._looked = 0
-        self._bad_before, self._bad = self._bad, {}
-        for column, width in columns:
-            overtaken = yield from self._rewrite(column, width, self._pages(column))
+        Yields now and then. Raises what the job does not blame on a row: KMS out of reach
+        after all tries, access denied, a target that cannot be used.
+        """
+        self._begin(shard)
+        try:
+            overtaken = yield from self._rewrite(self._pages())
             if overtaken:  # once more at once, and in the next sweep
-                yield from self._rewrite(column, width, self._again(column, overtaken))
-            yield self.snapshot()
-        self._bad_before = {}
-        found = self._rewritten + self._overtaken > before
-        self._fruitless = self._fruitless + 1 if found and self._rewritten == rewritten else 0
-        if self._fruitless == FRUITLESS:
-            raise RotationRefused(UNSTABLE.format(number=FRUITLESS))
-        return found
+                yield from self._rewrite(self._again(overtaken))
+        except Exception as error:
+            # Errors that are not ours may quote a row.
+            text = str(error) if isinstance(error, KMSHasherError) else type(error).__name__
+            self._end(RotationShard.State.FAILED, text)
+            raise
+        except BaseException:
+            self._end(RotationShard.State.WAITING)
+            raise
+        self._end(RotationShard.State.WAITING if self.stopped else RotationShard.State.DONE)
 
-    def wait(self, seconds: float) -> Iterator[Progress]:
-        """Let time pass, with signs of life."""
-        self._waiting = True
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            yield self.snapshot()
-            time.sleep(min(left, HEARTBEAT))
-            self._beat()
-        self._waiting = False
+    def _begin(self, shard: RotationShard) -> None:
+        self._shard, self._column = shard, shards.column_of(shard)
+        if self._column not in self._widths:
+            self._widths[self._column] = width_of(self._column)
+        self._width = self._widths[self._column]
+        self._open: deque[Page] = deque()
+        self._calls = shard.calls - self._workers.calls
+        self.stopped = False
+        self._read_live()
 
-    def _rows(self, column: Column) -> QuerySet[Any]:
-        name = column.field.attname
-        return self._job.candidates(column.rows, name).values_list("pk", name)
+    def _end(self, state: str, error: str = "") -> None:
+        self._note()
+        shards.keep(self._shard, state=state, error=error)
 
-    def _pages(self, column: Column) -> Iterator[list[tuple[Any, str]]]:
+    def _note(self) -> None:
+        while self._open and not self._open[0].left:
+            self._shard.cursor = shards.dump(self._open.popleft().last)
+        self._shard.calls = self._calls + self._workers.calls
+        self._shard.sources = sorted(self._job.sources)
+
+    def _beat(self) -> bool:
+        """Give a sign of life if it is time for one; return whether it was."""
+        if time.monotonic() - self._beaten < EVERY:
+            return False
+        self._note()
+        if not shards.keep(self._shard):
+            self.stopped = True
+        self._read_live()
+        return True
+
+    def _read_live(self) -> None:
+        """Read what others may change while we work: the state of the run and the rate."""
+        self._beaten = time.monotonic()
+        live = RotationRun.objects.filter(pk=self._run.pk).values_list("state", "rate")
+        state, rate = live.get()
+        self.stopped = self.stopped or state in RESTING
+        self._workers.limit(rate / max(shards.at_work(self._run), 1) if rate else None)
+
+    def _rows(self) -> QuerySet[Any]:
+        name = self._column.field.attname
+        return self._job.candidates(self._column.rows, name).values_list("pk", name)
+
+    def _pages(self) -> Iterator[Page]:
         # By key, not by offset, so that the last page costs what the first does.
-        rows = self._rows(column).order_by("pk")
-        page = list(rows[: self._options.batch_size])
-        while page:
-            yield page
-            page = list(rows.filter(pk__gt=page[-1][0])[: self._options.batch_size])
+        rows = self._rows().order_by("pk")
+        if self._shard.upto:
+            rows = rows.filter(pk__lte=shards.load(self._column, self._shard.upto))
+        if start := self._shard.cursor or self._shard.after:
+            page = rows.filter(pk__gt=shards.load(self._column, start))
+        else:
+            page = rows
+        while not self.stopped and (found := list(page[: self._options.batch_size])):
+            self._open.append(Page(found, found[-1][0], len(found)))
+            yield self._open[-1]
+            if self._options.sleep:
+                time.sleep(self._options.sleep)
+            page = rows.filter(pk__gt=found[-1][0])
 
-    def _again(self, column: Column, pks: list[Any]) -> Iterator[list[tuple[Any, str]]]:
+    def _again(self, pks: list[Any]) -> Iterator[Page]:
         for start in range(0, len(pks), self._options.batch_size):
             some = pks[start : start + self._options.batch_size]
-            yield list(self._rows(column).filter(pk__in=some))
+            found = list(self._rows().filter(pk__in=some))
+            yield Page(found, None, len(found))
 
-    def _rewrite(
-        self, column: Column, width: int | None, pages: Iterator[list[tuple[Any, str]]]
-    ) -> Generator[Progress, None, list[Any]]:
+    def _rewrite(self, pages: Iterator[Page]) -> Generator[None, None, list[Any]]:
         """
         Rewrite the rows of all pages; return the keys of those overtaken.
 
@@ -245,62 +219,64 @@ class _Run:
         the same time.
         """
         overtaken: list[Any] = []
-        tasks = (self._tasks(column, page) for page in pages)
+        tasks = (self._tasks(page) for page in pages)
         for outcomes in self._workers.map(tasks, ahead=2 * self._options.batch_size):
-            overtaken += self._write(column, width, outcomes)
-            self._beat()
-            if time.monotonic() - self._told >= EVERY:
-                yield self.snapshot()
+            overtaken += self._write(outcomes)
+            if self._beat():
+                yield
         return overtaken
 
-    def _tasks(
-        self, column: Column, page: list[tuple[Any, str]]
-    ) -> list[tuple[tuple[Any, str], Task]]:
+    def _tasks(self, page: Page) -> list[tuple[tuple[Page, Any, str], Task]]:
         tasks = []
-        for pk, value in page:
-            if self._bad_before.get((column, pk)) == hash(value):
-                self._bad[column, pk] = hash(value)
+        for pk, value in page.rows:
+            known, reason = self._bad.get((str(self._column), pk), (None, ""))
+            if known == hash(value):
+                self._report(pk, value, reason)
                 continue
             try:
                 if task := self._job.task(value):
-                    tasks.append(((pk, value), task))
+                    tasks.append(((page, pk, value), task))
             except MalformedHash as error:
-                self._report(column, pk, value, str(error))
-        self._looked += len(page) - len(tasks)
+                self._report(pk, value, str(error))
+        self._done(page, len(page.rows) - len(tasks))
+        page.rows = []
         return tasks
 
-    def _write(self, column: Column, width: int | None, outcomes: list[Outcome]) -> list[Any]:
+    def _write(self, outcomes: list[Outcome]) -> list[Any]:
         """Record what was called and write what came of it; return the keys overtaken."""
         signals.emit_all([event for outcome in outcomes for event in outcome.events])
         changes: list[Change] = []
+        pages: list[Page] = []
         failure: Exception | None = None
-        for (pk, old), new, _ in outcomes:
-            self._looked += 1
+        for (page, pk, old), new, _ in outcomes:
             if isinstance(new, Exception):
-                if isinstance(new, KMSHasherError) and self._job.blames_row(old, new):
-                    self._report(column, pk, old, str(new))
-                else:
+                if not isinstance(new, KMSHasherError) or not self._job.blames_row(old, new):
                     failure = new
-            elif new is None:
-                pass
-            elif width is not None and len(new) > width:
+                    continue
+                self._report(pk, old, str(new))
+            elif new is not None and self._width is not None and len(new) > self._width:
                 # A database that is not strict would cut it, and the password be lost.
-                self._report(column, pk, old, TOO_LONG)
-            else:
+                self._report(pk, old, TOO_LONG)
+            elif new is not None:
                 changes.append(Change(pk, old, new))
-        changed = column.swap_all(changes) if changes else set()
+            pages.append(page)
+        changed = self._column.swap_all(changes) if changes else set()
         overtaken = [change.pk for change in changes if change.pk not in changed]
-        self._rewritten += len(changed)
-        self._overtaken += len(overtaken)
+        self._shard.rewritten += len(changed)
+        self._shard.overtaken += len(overtaken)
+        for page in pages:
+            self._done(page, 1)
         if failure:  # what else was paid for is written
             raise failure
         return overtaken
 
-    def _report(self, column: Column, pk: Any, value: str, reason: str) -> None:
-        self._bad[column, pk] = hash(value)
-        self._news.append(BadRow(str(column), pk, reason))
+    def _done(self, page: Page, rows: int) -> None:
+        page.left -= rows
+        if page.last is not None:
+            self._shard.looked += rows
 
-    def _beat(self) -> None:
-        self._record.beat(
-            rewritten=self._rewritten, overtaken=self._overtaken, failed=self._failed
-        )
+    def _report(self, pk: Any, value: str, reason: str) -> None:
+        self._bad[str(self._column), pk] = (hash(value), reason)
+        self._shard.failed += 1
+        if len(self._shard.bad) < NAMED:
+            self._shard.bad.append([shards.dump(pk), reason])

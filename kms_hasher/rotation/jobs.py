@@ -30,7 +30,7 @@ from kms_hasher.exceptions import (
     MalformedHash,
     RotationRefused,
 )
-from kms_hasher.models import Key
+from kms_hasher.models import Key, RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation.workers import Task
 
@@ -156,6 +156,9 @@ class Wrap:
 
     until_clean = True
 
+    def __init__(self) -> None:
+        self.sources: set[str] = set()
+
     def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
         found: QuerySet[Any] = rows.filter(**{f"{name}__startswith": "argon2$"})
         return found
@@ -191,6 +194,7 @@ class Unwrap:
     until_clean = True
 
     def __init__(self) -> None:
+        self.sources: set[str] = set()
         self._unusable: dict[str, KMSHasherError] = {}
 
     def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
@@ -215,6 +219,23 @@ class Unwrap:
 
     def check(self) -> None:
         pass
+
+
+def of(run: RotationRun) -> Rewrap | Wrap | Unwrap:
+    """Return the job of a run, for any process that works on it."""
+    if run.kind == RotationRun.Kind.WRAP:
+        return Wrap()
+    if run.kind == RotationRun.Kind.UNWRAP:
+        return Unwrap()
+    target = base.Key(
+        key_arn=run.key.arn if run.key else "",
+        key_material_id=run.plan.get("material", ""),
+        spec=base.SYMMETRIC_DEFAULT,
+        usage="ENCRYPT_DECRYPT",
+        state="Enabled",
+    )
+    kind = Renew if run.kind == RotationRun.Kind.NEW_MATERIAL else Rewrap
+    return kind(target, alias=run.alias, left=frozenset(run.plan.get("left", ())))
 
 
 def sealing_algorithms() -> list[str]:

@@ -13,7 +13,7 @@ from django.utils import timezone
 from kms_hasher import columns, conf, encoding, history, keyring
 from kms_hasher.columns import Column, Group
 from kms_hasher.exceptions import KeyNotFound, RotationRefused
-from kms_hasher.models import AliasPeriod, Rotation
+from kms_hasher.models import AliasPeriod, RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation import keys, runs
 
@@ -45,15 +45,17 @@ class Plan:
     rows are to be under: None where there is none yet.
 
     `alias` is as in the settings, "" if KEY names a key. `resumes` says that an earlier
-    run of the same kind had not come to its end, and its key or material is used.
+    run of the same kind had not come to its end, and its key or material is used; `begun`
+    is that run, if no process is at work on it: its row and shards are gone on with.
     `previous` is the ARN the alias pointed to before the present one, or "".
     """
 
-    kind: Rotation.Kind
+    kind: RotationRun.Kind
     alias: str = ""
     present: base.Key | None = None
     target: base.Key | None = None
     resumes: bool = False
+    begun: RotationRun | None = None
     previous: str = ""
     counts: Mapping[Column, Counter[Group]] = field(default_factory=dict)
 
@@ -75,7 +77,7 @@ class Plan:
     def rows_by_column(self) -> dict[Column, Counter[str]]:
         """Return the same for each column."""
         target = encoding.key_ref(self.target.key_id) if self.target else None
-        renewed = self.kind == Rotation.Kind.NEW_MATERIAL
+        renewed = self.kind == RotationRun.Kind.NEW_MATERIAL
         found = {}
         for column, counted in self.counts.items():
             rows = found[column] = Counter[str]()
@@ -113,12 +115,16 @@ def make(*, new_key: bool = False, to: str = "", new_material: bool = False) -> 
     if target is not None:
         _check(target, present)
     previous = history.previous_key(settings.alias) if settings.alias else None
+    begun = runs.unfinished(kind, settings.alias)
+    if begun and (not target or not begun.key or begun.key.arn != target.key_arn):
+        begun = None
     return Plan(
         kind=kind,
         alias=settings.alias,
         present=present,
         target=target,
         resumes=resumes,
+        begun=begun if begun and not runs.is_live(begun) else None,
         previous=previous.arn if previous else "",
         counts={column: columns.count(column) for column in columns.columns()},
     )
@@ -143,27 +149,27 @@ def _present(settings: conf.Conf) -> base.Key | None:
 
 def _target(
     settings: conf.Conf, present: base.Key | None, new_key: bool, to: str, new_material: bool
-) -> tuple[Rotation.Kind, base.Key | None, bool]:
+) -> tuple[RotationRun.Kind, base.Key | None, bool]:
     kms = keyring.kms("rotate")
     if to:
         try:
-            return Rotation.Kind.TO_KEY, kms.describe_key(to), False
+            return RotationRun.Kind.TO_KEY, kms.describe_key(to), False
         except KeyNotFound:
             raise RotationRefused(NO_SUCH_KEY.format(key=to)) from None
     if new_key:
-        begun = runs.unfinished(Rotation.Kind.NEW_KEY, settings.alias)
+        begun = runs.unfinished(RotationRun.Kind.NEW_KEY, settings.alias)
         if begun and begun.key:
             arns = {key.arn for key in (begun.key, begun.previous_key) if key}
             if not begun.previous_key or (present and present.key_arn in arns):
-                return Rotation.Kind.NEW_KEY, kms.describe_key(begun.key.arn), True
-        return Rotation.Kind.NEW_KEY, None, False
+                return RotationRun.Kind.NEW_KEY, kms.describe_key(begun.key.arn), True
+        return RotationRun.Kind.NEW_KEY, None, False
     if new_material:
         if present and present.spec != base.SYMMETRIC_DEFAULT:
             raise RotationRefused(NO_MATERIAL)
-        begun = runs.unfinished(Rotation.Kind.NEW_MATERIAL, settings.alias)
+        begun = runs.unfinished(RotationRun.Kind.NEW_MATERIAL, settings.alias)
         resumes = bool(begun and begun.key and present and begun.key.arn == present.key_arn)
-        return Rotation.Kind.NEW_MATERIAL, present, resumes
-    return Rotation.Kind.REWRAP, present, False
+        return RotationRun.Kind.NEW_MATERIAL, present, resumes
+    return RotationRun.Kind.REWRAP, present, False
 
 
 def _check(target: base.Key, present: base.Key | None) -> None:

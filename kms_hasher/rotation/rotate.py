@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from django.utils import timezone
 
-from kms_hasher import columns, encoding, history, users
-from kms_hasher.columns import Column
-from kms_hasher.models import Key, Rotation
+from kms_hasher import encoding, history
+from kms_hasher.models import Key, RotationRun
 from kms_hasher.providers import base
-from kms_hasher.rotation import engine, jobs, keys, runs
-from kms_hasher.rotation.engine import Options, Progress
+from kms_hasher.rotation import jobs, keys, runs, sweeps
+from kms_hasher.rotation.engine import Options
 from kms_hasher.rotation.plan import Plan
+from kms_hasher.rotation.sweeps import Enlist, Progress
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rotated:
 
 
 def rotate(
-    plan: Plan, options: Options, *, started_by: str = ""
+    plan: Plan, options: Options, *, started_by: str = "", enlist: Enlist = sweeps.here
 ) -> Generator[Progress, None, Rotated]:
     """
     Carry the plan out; yield the progress, at last the final one.
@@ -37,28 +37,35 @@ def rotate(
     moved by somebody else meanwhile. Keys are given up by `keys.give_up` afterwards.
     """
     present, before = _record(plan)
+    left = {key.arn for key in (present, before) if key} | {plan.previous}
     with runs.recorded(
         plan.kind,
         alias=plan.alias,
         previous=present if plan.moves_alias else before,
         started_by=started_by,
+        begun=plan.begun,
+        rate=options.rate,
     ) as record:
         target = plan.target or keys.make_like(plan.present)
-        if plan.kind == Rotation.Kind.NEW_MATERIAL and not plan.resumes:
+        if plan.kind == RotationRun.Kind.NEW_MATERIAL and not plan.resumes:
             target = keys.renew_material(target)
-        record.set_key(history.record_key(target.key_arn, timezone.now(), target))
+        record.write(
+            key=history.record_key(target.key_arn, timezone.now(), target),
+            plan=sweeps.plan_of(options, left=sorted(left), material=target.key_material_id),
+        )
         if plan.moves_alias:
             keys.move_alias(plan.alias, target, plan.present)
         # Where there was no alias, nothing can come late under its former key.
         moves = plan.moves_alias and present is not None
-        moved = moves or (plan.resumes and plan.kind == Rotation.Kind.NEW_KEY)
-        left = {key.arn for key in (present, before) if key} | {plan.previous}
-        kind = jobs.Renew if plan.kind == Rotation.Kind.NEW_MATERIAL else jobs.Rewrap
-        job = kind(target, alias=plan.alias, left=frozenset(left))
-        yield from engine.walk(
-            job, columns_and_widths(), options, record, total=plan.total, settle=moved
-        )
-    old = plan.old_refs() | job.sources
+        moved = moves or (plan.resumes and plan.kind == RotationRun.Kind.NEW_KEY)
+        if plan.total or moved or plan.begun or plan.kind == RotationRun.Kind.NEW_MATERIAL:
+            job = jobs.of(record.row)
+            yield from sweeps.conduct(
+                record, job, options, total=plan.total, settle=moved, enlist=enlist
+            )
+        else:  # it was counted a moment ago: nothing is under another key
+            yield Progress()
+        old = plan.old_refs() | sweeps.sources(record.row)
     return Rotated(target, frozenset(old - {encoding.key_ref(target.key_id)}))
 
 
@@ -72,14 +79,3 @@ def _record(plan: Plan) -> tuple[Key | None, Key | None]:
         return present, None
     history.record_alias(plan.alias, present, now)
     return present, history.previous_key(plan.alias)
-
-
-def columns_and_widths() -> list[tuple[Column, int | None]]:
-    """Return all columns, each with how many characters it is sure to hold, or None."""
-    return [(column, width_of(column)) for column in columns.columns()]
-
-
-def width_of(column: Column) -> int | None:
-    """Return the characters that both the field and the real column hold."""
-    widths = (column.field.max_length, users.column_width(column))
-    return min((width for width in widths if width is not None), default=None)

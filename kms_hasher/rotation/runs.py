@@ -1,7 +1,8 @@
 """
-The `Rotation` row of a run: who started it, how far it is, what became of it.
+The `RotationRun` row of a run: who started it, how far it is, what became of it.
 
-It is told for people; no run depends on it but to see what an interrupted one had made.
+A run that was killed, failed or paused is gone on with by the same command: its row and its
+shards say where. People pause, resume and cancel by its state.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from django.db import DatabaseError
+from django.db.models import Sum
 from django.utils import timezone
 
 from kms_hasher import history
-from kms_hasher.exceptions import KMSHasherError
-from kms_hasher.models import Key, Rotation
+from kms_hasher.exceptions import KMSHasherError, RotationCancelled
+from kms_hasher.models import Key, RotationRun, RotationShard
+from kms_hasher.rotation import shards
+
+State = RotationRun.State
 
 #: A run without a sign of life for this long is taken for interrupted.
 SILENCE = datetime.timedelta(minutes=10)
@@ -27,98 +33,166 @@ SILENCE = datetime.timedelta(minutes=10)
 #: Seconds between two signs of life.
 HEARTBEAT = 1.0
 
+#: What has come to its end and is not gone on with.
+ENDED = (State.FINISHED, State.CANCELLED)
+
+OVER_KEYS = (
+    RotationRun.Kind.REWRAP,
+    RotationRun.Kind.NEW_KEY,
+    RotationRun.Kind.TO_KEY,
+    RotationRun.Kind.NEW_MATERIAL,
+)
+
 
 class Record:
-    """The row of one run. It is written at its steps and in between once a second."""
+    """The row of one run, as the process that conducts it writes it."""
 
-    def __init__(self, row: Rotation) -> None:
+    def __init__(self, row: RotationRun) -> None:
         self.row = row
         self._written = time.monotonic()
 
-    def beat(self, *, rewritten: int, overtaken: int, failed: int) -> None:
-        """Count, and write the counts if the last sign of life is a second ago."""
-        row = self.row
-        row.rewritten, row.overtaken, row.failed = rewritten, overtaken, failed
+    def beat(self) -> None:
+        """Sum up the shards if the last sign of life is a second ago."""
         if time.monotonic() - self._written >= HEARTBEAT:
-            # Another run may have taken this one for dead while the machine slept.
-            row.state = Rotation.State.RUNNING
-            self._save()
+            self.write()
 
-    def set_key(self, key: Key) -> None:
-        """Note the key that everything goes to, once it is ready."""
-        self.row.key = key
-        self._save()
+    def write(self, **values: Any) -> None:
+        """Sum up the shards, and write that and the values. Raises `RotationCancelled`."""
+        self._save(**values)
+        if self.row.state == State.INTERRUPTED:
+            # Another run has taken this one for dead while the machine slept.
+            self._save(state=State.RUNNING)
+        elif self.row.state == State.CANCELLED:
+            raise RotationCancelled
 
-    def end(self, state: Rotation.State, error: str = "") -> None:
-        self.row.state, self.row.error = state, error
-        self.row.finished_at = timezone.now()
-        self._save()
+    def end(self, state: State, error: str = "") -> None:
+        self._save(state=state, error=error, finished_at=timezone.now())
 
-    def _save(self) -> None:
-        self.row.updated_at = timezone.now()
-        self.row.save()
+    def _save(self, **values: Any) -> None:
         self._written = time.monotonic()
+        values |= {"updated_at": timezone.now(), **totals(self.row)}
+        RotationRun.objects.filter(pk=self.row.pk).update(**values)
+        self.row.refresh_from_db()
+
+
+def totals(run: RotationRun) -> dict[str, int]:
+    """
+    Return what the shards come to: the rows and calls of all sweeps, and the bad rows of the
+    sweep that found most of the present one and the one before.
+    """
+    names = ("rewritten", "overtaken", "calls")
+    sums: dict[str, int] = run.shards.aggregate(
+        **{name: Sum(name, default=0) for name in names}
+    )
+    latest = run.shards.filter(sweep__gte=run.sweep - 1).values("sweep").order_by()
+    failed = {each["sweep"]: each["number"] for each in latest.annotate(number=Sum("failed"))}
+    left = run.shards.filter(sweep=run.sweep).exclude(state=RotationShard.State.DONE)
+    if left.exists():
+        return {**sums, "failed": max(failed.values(), default=0)}
+    return {**sums, "failed": failed.get(run.sweep, 0)}
 
 
 @contextlib.contextmanager
 def recorded(
-    kind: Rotation.Kind, *, alias: str = "", previous: Key | None = None, started_by: str = ""
+    kind: RotationRun.Kind,
+    *,
+    alias: str = "",
+    previous: Key | None = None,
+    started_by: str = "",
+    begun: RotationRun | None = None,
+    **values: Any,
 ) -> Iterator[Record]:
     """
-    Record the block as a run: finished, failed with its error, or interrupted.
+    Record the block as a run: finished, failed with its error, cancelled or interrupted.
 
-    `started_by` is whoever asked for it, by default the user and host of the process.
+    `begun` is an earlier run to go on with. `started_by` is whoever asked for it, by default
+    the user and host of the process; `values` are those of more fields.
     """
     now = timezone.now()
-    silent = Rotation.objects.filter(state=Rotation.State.RUNNING, updated_at__lt=now - SILENCE)
-    silent.update(state=Rotation.State.INTERRUPTED, finished_at=now)
-    record = Record(
-        Rotation.objects.create(
-            kind=kind,
-            alias=alias,
-            previous_key=previous,
-            started_at=now,
-            updated_at=now,
-            started_by=(started_by or _user())[:255],
-        )
-    )
-    try:
-        yield record
-    except Exception as error:
-        # Errors that are not ours may quote a row.
-        text = str(error) if isinstance(error, KMSHasherError) else type(error).__name__
-        with contextlib.suppress(DatabaseError):
-            record.end(Rotation.State.FAILED, text)
-        raise
-    except BaseException:  # Ctrl-C, or the generator was closed
-        with contextlib.suppress(DatabaseError):
-            record.end(Rotation.State.INTERRUPTED)
-        raise
-    record.end(Rotation.State.FINISHED)
+    silent = RotationRun.objects.filter(state=State.RUNNING, updated_at__lt=now - SILENCE)
+    silent.update(state=State.INTERRUPTED, finished_at=now)
+    with shards.owner() as owner:
+        values |= {"state": State.RUNNING, "owner": owner, "updated_at": now}
+        if begun:
+            values |= {"error": "", "finished_at": None}
+            RotationRun.objects.filter(pk=begun.pk).update(**values)
+            begun.shards.filter(state=RotationShard.State.FAILED).update(
+                state=RotationShard.State.WAITING
+            )
+            row = RotationRun.objects.select_related("key", "previous_key").get(pk=begun.pk)
+        else:
+            row = RotationRun.objects.create(
+                kind=kind,
+                alias=alias,
+                previous_key=previous,
+                started_at=now,
+                started_by=(started_by or _user())[:255],
+                **values,
+            )
+        record = Record(row)
+        try:
+            yield record
+        except RotationCancelled:
+            with contextlib.suppress(DatabaseError):
+                record.end(State.CANCELLED)
+            raise
+        except Exception as error:
+            # Errors that are not ours may quote a row.
+            text = str(error) if isinstance(error, KMSHasherError) else type(error).__name__
+            with contextlib.suppress(DatabaseError):
+                record.end(State.FAILED, text)
+            raise
+        except BaseException:  # Ctrl-C, or the generator was closed
+            with contextlib.suppress(DatabaseError):
+                record.end(State.INTERRUPTED)
+            raise
+        record.end(State.FINISHED)
     if record.row.rewritten:
         history.record_counts()
 
 
-def unfinished(kind: Rotation.Kind, alias: str) -> Rotation | None:
+def unfinished(kind: RotationRun.Kind, alias: str) -> RotationRun | None:
     """
-    Return the last run over keys behind this alias, if it was of this kind, had its key
+    Return the last run of its sort behind this alias, if it was of this kind, had its key
     ready, and did not come to its end: running it again goes on with that key.
     """
-    runs = Rotation.objects.filter(alias=alias, kind__in=_OVER_KEYS)
-    last: Rotation | None = (
+    kinds = OVER_KEYS if kind in OVER_KEYS else (kind,)
+    runs = RotationRun.objects.filter(alias=alias, kind__in=kinds)
+    last: RotationRun | None = (
         runs.select_related("key", "previous_key").order_by("-started_at", "-pk").first()
     )
-    if last and last.kind == kind and last.key and last.state != Rotation.State.FINISHED:
-        return last
-    return None
+    ready = last and (last.key or kind == RotationRun.Kind.UNWRAP)
+    return last if last and ready and last.kind == kind and last.state not in ENDED else None
 
 
-_OVER_KEYS = (
-    Rotation.Kind.REWRAP,
-    Rotation.Kind.NEW_KEY,
-    Rotation.Kind.TO_KEY,
-    Rotation.Kind.NEW_MATERIAL,
-)
+def is_live(run: RotationRun) -> bool:
+    """Return whether a process conducts the run now, as far as can be told from here."""
+    states = (State.RUNNING, State.PAUSED, State.INTERRUPTED)
+    return run.state in states and not shards.is_gone(run.owner, run.updated_at)
+
+
+def pause(run: RotationRun) -> bool:
+    """Let all that work on the run stop after the calls in flight; return whether it ran."""
+    return _set(run, State.PAUSED, State.RUNNING)
+
+
+def resume(run: RotationRun) -> bool:
+    """Let a paused run go on, if its process still waits; return whether it was paused."""
+    return _set(run, State.RUNNING, State.PAUSED)
+
+
+def cancel(run: RotationRun) -> bool:
+    """End the run for good; return whether it had not ended. Rows stay as they are."""
+    states = [state for state in State if state not in ENDED]
+    return _set(run, State.CANCELLED, *states)
+
+
+def _set(run: RotationRun, state: State, *among: State) -> bool:
+    found = RotationRun.objects.filter(pk=run.pk, state__in=among)
+    values: dict[str, Any] = {"state": state}
+    if state == State.CANCELLED:
+        values["finished_at"] = timezone.now()
+    return bool(found.update(**values))
 
 
 def _user() -> str:

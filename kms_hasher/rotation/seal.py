@@ -12,10 +12,10 @@ from django.utils import timezone
 from kms_hasher import columns, encoding, history, keyring
 from kms_hasher.conf import get as get_conf
 from kms_hasher.exceptions import RotationRefused
-from kms_hasher.models import Rotation
-from kms_hasher.rotation import engine, jobs, runs
-from kms_hasher.rotation.engine import Options, Progress
-from kms_hasher.rotation.rotate import columns_and_widths
+from kms_hasher.models import Key, RotationRun
+from kms_hasher.rotation import jobs, runs, sweeps
+from kms_hasher.rotation.engine import Options, width_of
+from kms_hasher.rotation.sweeps import Progress
 
 #: What Django's Argon2 hasher and ours call themselves.
 STOCK = "argon2"
@@ -57,7 +57,8 @@ def check_wrap() -> list[str]:
     algorithms = [hasher.algorithm for hasher in get_hashers()]
     if SEALED not in algorithms:
         raise RotationRefused(NO_HASHER.format(algorithm=SEALED))
-    for column, width in columns_and_widths():
+    for column in columns.columns():
+        width = width_of(column)
         if width is not None and width < encoding.MAX_LENGTH:
             raise RotationRefused(
                 TOO_NARROW.format(column=column, width=width, needed=encoding.MAX_LENGTH)
@@ -75,11 +76,7 @@ def wrap(options: Options, *, started_by: str = "") -> Generator[Progress, None,
     settings = get_conf()
     described = keyring.kms("wrap").describe_key(settings.key)
     key = history.record_key(described.key_arn, timezone.now(), described)
-    with runs.recorded(
-        Rotation.Kind.WRAP, alias=settings.alias, started_by=started_by
-    ) as record:
-        record.set_key(key)
-        yield from _walk(jobs.Wrap(), options, record, count(f"{STOCK}$"))
+    yield from _run(RotationRun.Kind.WRAP, options, started_by, f"{STOCK}$", key)
 
 
 def check_unwrap() -> None:
@@ -96,11 +93,28 @@ def unwrap(options: Options, *, started_by: str = "") -> Generator[Progress, Non
     `check_unwrap`, and `KMSError`.
     """
     check_unwrap()
-    with runs.recorded(Rotation.Kind.UNWRAP, started_by=started_by) as record:
-        yield from _walk(jobs.Unwrap(), options, record, count(encoding.PREFIX))
+    yield from _run(RotationRun.Kind.UNWRAP, options, started_by, encoding.PREFIX)
 
 
-def _walk(
-    job: engine.Job, options: Options, record: runs.Record, total: int
+def _run(
+    kind: RotationRun.Kind,
+    options: Options,
+    started_by: str,
+    prefix: str,
+    key: Key | None = None,
 ) -> Iterator[Progress]:
-    return engine.walk(job, columns_and_widths(), options, record, total=total)
+    alias = get_conf().alias if key else ""
+    begun = runs.unfinished(kind, alias)
+    if begun and (runs.is_live(begun) or begun.key != key):
+        begun = None
+    with runs.recorded(
+        kind,
+        alias=alias,
+        started_by=started_by,
+        begun=begun,
+        key=key,
+        rate=options.rate,
+        plan=sweeps.plan_of(options),
+    ) as record:
+        job = jobs.of(record.row)
+        yield from sweeps.conduct(record, job, options, total=count(prefix))

@@ -25,7 +25,7 @@ from kms_hasher.exceptions import (
     KMSHasherError,
     MalformedHash,
 )
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation import keys, plan, runs
 
@@ -108,7 +108,7 @@ class Status:
     permissions: dict[str, str] = field(default_factory=dict)
     columns: list[ColumnStatus] = field(default_factory=list)
     keys: list[KeyStatus] = field(default_factory=list)
-    last: Rotation | None = None
+    last: RotationRun | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -273,14 +273,14 @@ def _leads_to(arn: str, present: str) -> bool:
 
 
 def _look_at_last_run(status: Status) -> None:
-    last = status.last = Rotation.objects.select_related("key", "previous_key").first()
-    if last is None or last.state == Rotation.State.FINISHED:
+    last = status.last = RotationRun.objects.select_related("key", "previous_key").first()
+    if last is None or last.state == RotationRun.State.FINISHED:
         return
     state = last.state
-    if state == Rotation.State.RUNNING:
+    if state == RotationRun.State.RUNNING:
         if last.updated_at >= timezone.now() - runs.SILENCE:
             return
-        state = Rotation.State.INTERRUPTED
+        state = RotationRun.State.INTERRUPTED
     error = f" ({last.error})" if last.error else ""
     status.problems.append(LAST_RUN.format(run=last, state=state, error=error))
 

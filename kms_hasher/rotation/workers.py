@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +36,9 @@ LONGEST_PAUSE = 8.0
 BATCH = 100
 GATHER = 0.05
 
+#: Seconds after which nothing is handed over, so that the caller can give a sign of life.
+PATIENCE = 1.0
+
 
 class Outcome(NamedTuple):
     """What came of a task: the string or None, or the error; and what the call reported."""
@@ -54,8 +57,12 @@ class Limiter:
 
     def __init__(self, rate: float | None) -> None:
         self.calls = 0
-        self._interval = 1 / rate if rate else 0.0
         self._next = 0.0
+        self.set(rate)
+
+    def set(self, rate: float | None) -> None:
+        """Change the rate for the calls that are not let through yet."""
+        self._interval = 1 / rate if rate else 0.0
 
     def turn(self) -> float:
         """Count a call; return for how many seconds it has to wait."""
@@ -92,6 +99,10 @@ class Workers:
         """How many calls were made, those made again included."""
         return self._limiter.calls
 
+    def limit(self, rate: float | None) -> None:
+        """Let calls through at most at this rate from now on, None for no limit."""
+        self._limiter.set(rate)
+
     def __enter__(self) -> Workers:
         self._thread.start()
         return self
@@ -115,7 +126,8 @@ class Workers:
         self, pages: Iterator[Sequence[tuple[Any, Task]]], *, ahead: int = 1000
     ) -> Iterator[list[Outcome]]:
         """
-        Do all tasks; yield what they come to, some at a time and in no order.
+        Do all tasks; yield what they come to, some at a time and in no order, and now and
+        then nothing.
 
         The next page is taken while at most `ahead` tasks are not done: reading, calling
         and what the caller does with the outcomes overlap. After an error no call is begun
@@ -131,7 +143,10 @@ class Workers:
                     self._loop.call_soon_threadsafe(self._submit, page)
             if not left:
                 return
-            outcomes = self._done.get()
+            try:
+                outcomes = self._done.get(timeout=PATIENCE)
+            except Empty:
+                outcomes = []
             if self._broken:
                 raise self._broken
             left -= len(outcomes)

@@ -34,7 +34,7 @@ from django.db import connections  # noqa: E402
 from django.test import Client, override_settings  # noqa: E402
 
 from kms_hasher import encoding, keyring  # noqa: E402
-from kms_hasher.models import Rotation  # noqa: E402
+from kms_hasher.models import RotationRun  # noqa: E402
 
 #: How many sessions and reset links are kept over a rotation.
 KEPT = 30
@@ -68,7 +68,7 @@ def verify() -> None:
             assert user.check_password(f"pw{user.username[4:]}"), user.username
             keys[encoding.parse(user.password).key_ref] += 1
         present = encoding.key_ref(keyring.provider().describe_key("alias/tests").key_id)
-    states = list(Rotation.objects.values_list("state", flat=True))
+    states = list(RotationRun.objects.values_list("state", flat=True))
     print(json.dumps({"keys": keys, "present": present, "states": states}), flush=True)
 
 
@@ -141,7 +141,7 @@ def busy() -> None:
         if not default_token_generator.check_token(User.objects.get(pk=pk), token):
             problems.append("a reset link died")
     runs = list(
-        Rotation.objects.order_by("pk").values("state", "rewritten", "overtaken", "failed")
+        RotationRun.objects.order_by("pk").values("state", "rewritten", "overtaken", "failed")
     )
     result: dict[str, Any] = {"problems": problems[:20], "done": done, "runs": runs}
     result["sessions"] = len(sessions)

@@ -19,7 +19,7 @@ from django.utils.crypto import get_random_string
 
 from kms_hasher import conf, encoding, keyring
 from kms_hasher.exceptions import KeyNotFound, KMSError
-from kms_hasher.models import AliasPeriod, AuditEvent, Rotation
+from kms_hasher.models import AliasPeriod, AuditEvent, RotationRun
 from kms_hasher.providers.local import LocalProvider
 
 USERS = 12
@@ -172,7 +172,7 @@ class Command(BaseCommand):
         for period in AliasPeriod.objects.select_related("key").order_by("since", "pk"):
             until = f"{period.until:%H:%M:%S}" if period.until else "now"
             self.say(f"  {period.key}  {period.since:%Y-%m-%d %H:%M:%S} to {until}")
-        rotation = Rotation.objects.order_by("-pk").first()
+        rotation = RotationRun.objects.order_by("-pk").first()
         if rotation:
             self.say(f"Last rotation: {rotation.rewritten} rows, {rotation.failed} bad.")
         self.say(f"Done in {seconds:.0f} seconds.")

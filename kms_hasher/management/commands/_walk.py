@@ -16,7 +16,8 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError
 
 from kms_hasher.exceptions import ConfigurationError, KMSHasherError, RotationRefused
-from kms_hasher.rotation.engine import BadRow, Options, Progress
+from kms_hasher.rotation.engine import BadRow, Options
+from kms_hasher.rotation.sweeps import Progress
 
 T = TypeVar("T")
 

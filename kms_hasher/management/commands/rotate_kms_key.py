@@ -13,7 +13,7 @@ from kms_hasher.management.commands._walk import (
     duration,
     options_of,
 )
-from kms_hasher.models import Rotation
+from kms_hasher.models import RotationRun
 from kms_hasher.rotation import keys, plan, rotate
 from kms_hasher.rotation.engine import Options
 from kms_hasher.rotation.plan import Plan
@@ -140,7 +140,7 @@ class Command(WalkCommand):
         if not planned.target:
             like = f" like {planned.present.key_arn}" if planned.present else ""
             would.append(f"create a key{like}")
-        if planned.kind == Rotation.Kind.NEW_MATERIAL and not planned.resumes:
+        if planned.kind == RotationRun.Kind.NEW_MATERIAL and not planned.resumes:
             would.append(f"rotate the key material of {target}")
         if planned.moves_alias:
             verb = "move" if planned.present else "create"
