@@ -362,7 +362,9 @@ def test_progress_on_a_terminal(kms: Provider, monkeypatch: pytest.MonkeyPatch) 
             no_color=True,
         )
     shown = err.getvalue()
-    assert "\r\033[Ksweep 1, 2 of 3 rows, 1 rewritten, 1 bad, " in shown
+    assert (
+        "\r\033[K[#############.......] 67% sweep 1, 2 of 3 rows, 1 rewritten, 1 bad, " in shown
+    )
     assert "\r\033[KWaiting for the moved alias" in shown
     assert "\r\033[KLeft as it is: auth.User.password" in shown
     assert shown.endswith("\r\033[K")

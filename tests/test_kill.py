@@ -126,3 +126,27 @@ def test_users_of_a_busy_site_notice_nothing(site: Site) -> None:
     assert sum(run["rewritten"] for run in result["runs"]) >= USERS / 2
     assert set(result["done"]) == {"sign_in", "save", "change"}
     assert result["sessions"] > 30
+
+
+def test_processes_share_the_work_and_one_may_be_killed(site: Site) -> None:
+    finish(site("setup", "1500"))
+    process = site("rotate", "--new-key", "--settle=0", "--processes=3", "--rate=300", "--json")
+    children: list[int] = []
+    until = time.monotonic() + 60
+    while not children and time.monotonic() < until:
+        time.sleep(0.2)
+        children = workers_at(finish(site("shards")))
+    os.kill(children[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    result = json.loads(out[out.index("{") :])
+    # What the killed one wrote after its last sign of life is not counted.
+    assert 1200 < result["rewritten"] <= 1500
+    found = json.loads(finish(site("verify")))
+    assert found["keys"] == {found["present"]: 1500}
+    assert found["states"] == ["finished"]
+
+
+def workers_at(line: str) -> list[int]:
+    """Return the ids of the processes that have a shard."""
+    return [int(owner.split(":")[1]) for owner in json.loads(line)]

@@ -125,7 +125,7 @@ class Walker:
         #: Whether the last shard was left early, as the run rests or another has the shard.
         self.stopped = False
 
-    def walk(self, shard: RotationShard) -> Iterator[None]:
+    def walk(self, shard: RotationShard) -> Generator[None, None, None]:
         """
         Work on a shard that is ours to its end, or until the run rests or the shard is lost.
 

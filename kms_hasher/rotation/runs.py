@@ -21,11 +21,14 @@ from django.db.models import Sum
 from django.utils import timezone
 
 from kms_hasher import history
-from kms_hasher.exceptions import KMSHasherError, RotationCancelled
+from kms_hasher.exceptions import KMSHasherError, RotationCancelled, RotationRefused
 from kms_hasher.models import Key, RotationRun, RotationShard
 from kms_hasher.rotation import shards
 
 State = RotationRun.State
+
+NO_RUN = "There is no such run, or none that has not ended."
+WHICH_RUN = "Which run? Give its number: {runs}."
 
 #: A run without a sign of life for this long is taken for interrupted.
 SILENCE = datetime.timedelta(minutes=10)
@@ -169,6 +172,35 @@ def is_live(run: RotationRun) -> bool:
     """Return whether a process conducts the run now, as far as can be told from here."""
     states = (State.RUNNING, State.PAUSED, State.INTERRUPTED)
     return run.state in states and not shards.is_gone(run.owner, run.updated_at)
+
+
+def find(run_id: int | None = None) -> RotationRun:
+    """
+    Return the run with this id, or the only one that has not ended.
+
+    Raises `RotationRefused` if there is none, or more than one to choose from.
+    """
+    runs = RotationRun.objects.select_related("key")
+    runs = runs.filter(pk=run_id) if run_id else runs.exclude(state__in=ENDED)
+    found = list(runs[:10])
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise RotationRefused(NO_RUN)
+    names = "; ".join(f"{run.pk}: {run}, {run.state}" for run in found)
+    raise RotationRefused(WHICH_RUN.format(runs=names))
+
+
+def command_of(run: RotationRun) -> str:
+    """Return the command that goes on with a run that no process conducts."""
+    wishes = {
+        RotationRun.Kind.NEW_KEY: "rotate_kms_key --new-key",
+        RotationRun.Kind.TO_KEY: f"rotate_kms_key --to {run.key.arn if run.key else '...'}",
+        RotationRun.Kind.NEW_MATERIAL: "rotate_kms_key --new-material",
+        RotationRun.Kind.WRAP: "wrap_passwords",
+        RotationRun.Kind.UNWRAP: "unwrap_passwords",
+    }
+    return f"manage.py {wishes.get(RotationRun.Kind(run.kind), 'rotate_kms_key')}"
 
 
 def pause(run: RotationRun) -> bool:

@@ -15,7 +15,7 @@ from kms_hasher.exceptions import RotationRefused
 from kms_hasher.models import Key, RotationRun
 from kms_hasher.rotation import jobs, runs, sweeps
 from kms_hasher.rotation.engine import Options, width_of
-from kms_hasher.rotation.sweeps import Progress
+from kms_hasher.rotation.sweeps import Enlist, Progress
 
 #: What Django's Argon2 hasher and ours call themselves.
 STOCK = "argon2"
@@ -66,7 +66,9 @@ def check_wrap() -> list[str]:
     return [] if algorithms[0] == SEALED else [NOT_FIRST.format(algorithm=SEALED)]
 
 
-def wrap(options: Options, *, started_by: str = "") -> Generator[Progress, None, None]:
+def wrap(
+    options: Options, *, started_by: str = "", enlist: Enlist = sweeps.here
+) -> Generator[Progress, None, None]:
     """
     Seal all hashes of Django's Argon2 hasher; yield the progress, at last the final one.
 
@@ -76,7 +78,7 @@ def wrap(options: Options, *, started_by: str = "") -> Generator[Progress, None,
     settings = get_conf()
     described = keyring.kms("wrap").describe_key(settings.key)
     key = history.record_key(described.key_arn, timezone.now(), described)
-    yield from _run(RotationRun.Kind.WRAP, options, started_by, f"{STOCK}$", key)
+    yield from _run(RotationRun.Kind.WRAP, options, started_by, enlist, f"{STOCK}$", key)
 
 
 def check_unwrap() -> None:
@@ -85,7 +87,9 @@ def check_unwrap() -> None:
         raise RotationRefused(STOCK_NOT_FIRST)
 
 
-def unwrap(options: Options, *, started_by: str = "") -> Generator[Progress, None, None]:
+def unwrap(
+    options: Options, *, started_by: str = "", enlist: Enlist = sweeps.here
+) -> Generator[Progress, None, None]:
     """
     Turn all sealed hashes into those of Django's Argon2 hasher; yield the progress.
 
@@ -93,13 +97,14 @@ def unwrap(options: Options, *, started_by: str = "") -> Generator[Progress, Non
     `check_unwrap`, and `KMSError`.
     """
     check_unwrap()
-    yield from _run(RotationRun.Kind.UNWRAP, options, started_by, encoding.PREFIX)
+    yield from _run(RotationRun.Kind.UNWRAP, options, started_by, enlist, encoding.PREFIX)
 
 
 def _run(
     kind: RotationRun.Kind,
     options: Options,
     started_by: str,
+    enlist: Enlist,
     prefix: str,
     key: Key | None = None,
 ) -> Iterator[Progress]:
@@ -117,4 +122,5 @@ def _run(
         plan=sweeps.plan_of(options),
     ) as record:
         job = jobs.of(record.row)
-        yield from sweeps.conduct(record, job, options, total=count(prefix))
+        total = count(prefix)
+        yield from sweeps.conduct(record, job, options, total=total, enlist=enlist)

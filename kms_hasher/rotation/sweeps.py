@@ -21,7 +21,7 @@ from kms_hasher import columns
 from kms_hasher.exceptions import RotationRefused, WorkerFailed
 from kms_hasher.models import RotationRun, RotationShard
 from kms_hasher.rotation import jobs, runs, shards
-from kms_hasher.rotation.engine import BadRow, Job, Options, Walker
+from kms_hasher.rotation.engine import RESTING, BadRow, Job, Options, Walker
 from kms_hasher.rotation.runs import HEARTBEAT, Record
 from kms_hasher.rotation.workers import Workers, patiently
 
@@ -182,6 +182,13 @@ def _wait(record: Record, view: View, seconds: float) -> Iterator[Progress]:
         yield view.progress(waiting=True)
         time.sleep(min(left, HEARTBEAT))
         record.beat()
+
+
+def goes_on(run: RotationRun) -> bool:
+    """Return whether there is something to do for workers: not if one failed, or all rest."""
+    open_ = run.shards.filter(sweep=run.sweep).exclude(state=State.DONE)
+    states = set(open_.values_list("state", flat=True).distinct())
+    return bool(states) and State.FAILED not in states and run.state not in RESTING
 
 
 def _unfinished(run: RotationRun) -> bool:

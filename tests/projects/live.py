@@ -4,6 +4,7 @@ A site on a database of its own, for tests/test_kill.py: `python -m tests.projec
     setup N     make key, alias and N users, each with a password of its own
     rotate ...  `rotate_kms_key ...`, after a line "ready"
     verify      check every password, and write the number of users by key
+    shards      write the owners of the shards that are worked on
     busy        rotate to a new key while users sign in and change their passwords
 """
 
@@ -34,7 +35,7 @@ from django.db import connections  # noqa: E402
 from django.test import Client, override_settings  # noqa: E402
 
 from kms_hasher import encoding, keyring  # noqa: E402
-from kms_hasher.models import RotationRun  # noqa: E402
+from kms_hasher.models import RotationRun, RotationShard  # noqa: E402
 
 #: How many sessions and reset links are kept over a rotation.
 KEPT = 30
@@ -70,6 +71,12 @@ def verify() -> None:
         present = encoding.key_ref(keyring.provider().describe_key("alias/tests").key_id)
     states = list(RotationRun.objects.values_list("state", flat=True))
     print(json.dumps({"keys": keys, "present": present, "states": states}), flush=True)
+
+
+def shards() -> None:
+    """Write who works on shards now."""
+    working = RotationShard.objects.filter(state="working")
+    print(json.dumps(list(working.values_list("owner", flat=True))), flush=True)
 
 
 def busy() -> None:
@@ -149,6 +156,6 @@ def busy() -> None:
 
 
 if __name__ == "__main__":
-    {"setup": setup, "rotate": rotate, "verify": verify, "busy": busy}[sys.argv[1]](
-        *sys.argv[2:]
-    )
+    {"setup": setup, "rotate": rotate, "verify": verify, "busy": busy, "shards": shards}[
+        sys.argv[1]
+    ](*sys.argv[2:])

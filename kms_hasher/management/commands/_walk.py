@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import Generator
@@ -15,9 +16,16 @@ from typing import Any, TypeVar
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError
 
-from kms_hasher.exceptions import ConfigurationError, KMSHasherError, RotationRefused
+from kms_hasher.exceptions import (
+    ConfigurationError,
+    KMSHasherError,
+    RotationCancelled,
+    RotationRefused,
+)
+from kms_hasher.rotation import distribute, sweeps
 from kms_hasher.rotation.engine import BadRow, Options
-from kms_hasher.rotation.sweeps import Progress
+from kms_hasher.rotation.processes import processes
+from kms_hasher.rotation.sweeps import Enlist, Progress
 
 T = TypeVar("T")
 
@@ -70,6 +78,29 @@ class WalkCommand(BaseCommand):
             "all else in the account and Region (default: no limit).",
         )
         parser.add_argument(
+            "--sleep",
+            type=seconds,
+            default=Options.sleep,
+            metavar="SECONDS",
+            help="Pause between two batches, for replicas and for all else that the database "
+            "has to do (default: none).",
+        )
+        workers = parser.add_mutually_exclusive_group()
+        workers.add_argument(
+            "--processes",
+            type=_positive_int,
+            default=Options.processes,
+            metavar="N",
+            help="Processes that work on it on this machine (default: %(default)s). One is "
+            "bound by a single processor; each makes CONCURRENCY calls at the same time.",
+        )
+        workers.add_argument(
+            "--distribute",
+            choices=distribute.ENGINES,
+            help="Put the shards on a queue for workers on any machine: Celery's, or those of "
+            "Django's tasks framework. This command watches over them to the end.",
+        )
+        parser.add_argument(
             "--json",
             action="store_true",
             help="Write one JSON object to standard output at the end; all else goes to "
@@ -79,11 +110,13 @@ class WalkCommand(BaseCommand):
     def handle(self, **options: Any) -> None:
         self.result = {"state": "finished", "dry_run": options["dry_run"]}
         self.to_json: bool = options["json"]
-        error, status = "", 0
+        error, status, state = "", 0, "failed"
         try:
             self.work(**options)
         except KeyboardInterrupt:
-            error, status = INTERRUPTED, STOPPED
+            error, status, state = INTERRUPTED, STOPPED, "interrupted"
+        except RotationCancelled as cancelled:
+            error, status, state = str(cancelled), FAILED, "cancelled"
         except (RotationRefused, ConfigurationError) as refused:
             error, status = str(refused), FAILED
         except KMSHasherError as failed:
@@ -93,7 +126,6 @@ class WalkCommand(BaseCommand):
             error = DATABASE_FAILED.format(error=type(failed).__name__)
             status = FAILED
         if status:
-            state = "interrupted" if status == STOPPED else "failed"
             self.result.update(state=state, error=error)
         elif self.result.get("failed"):
             error, status = BAD.format(number=self.result["failed"]), BAD_ROWS
@@ -161,7 +193,7 @@ class Shown:
         for row in progress.bad:
             self._write(f"{self._clear}Left as it is: {row}\n")
         if self._live:
-            self._write(f"{self._clear}{line(progress)}")
+            self._write(f"{self._clear}{bar(progress)}{line(progress)}")
         elif time.monotonic() - self._last >= LOG_EVERY:
             self._last = time.monotonic()
             self._write(f"{line(progress)}\n")
@@ -178,10 +210,20 @@ class Shown:
         self._out.flush()
 
 
+def bar(progress: Progress) -> str:
+    """Return a progress bar and a space, or "" where nobody knows how many rows there are."""
+    if progress.sweep != 1 or not progress.total:
+        return ""
+    share = min(progress.looked / progress.total, 1)
+    return f"[{'#' * int(20 * share):.<20}] {share:.0%} "
+
+
 def line(progress: Progress) -> str:
     """Return a progress as one line: rows, rate and time left."""
     if progress.waiting:
         return "Waiting for the moved alias to spread, before a last sweep."
+    if progress.paused:
+        return "Paused; `manage.py rotate_kms_key --resume`, or Resume in the admin, goes on."
     parts = [f"sweep {progress.sweep}"]
     if progress.sweep == 1:
         parts.append(f"{progress.looked:,} of {progress.total:,} rows")
@@ -209,8 +251,15 @@ def duration(seconds: float) -> str:
 
 def options_of(options: dict[str, Any]) -> Options:
     """Return the engine's options from the command's."""
-    names = ("batch_size", "concurrency", "rate", "settle")
+    names = (each.name for each in dataclasses.fields(Options))
     return Options(**{name: options[name] for name in names if name in options})
+
+
+def enlist_of(options: dict[str, Any]) -> Enlist:
+    """Return who works on the shards. Raises `ConfigurationError` if that is not installed."""
+    if options["distribute"]:
+        return distribute.to(options["distribute"])
+    return processes if options["processes"] > 1 else sweeps.here
 
 
 def _plain(row: BadRow) -> dict[str, str]:
@@ -227,6 +276,13 @@ def _positive_float(text: str) -> float:
     number = float(text)
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError("must be above 0")
+    return number
+
+
+def seconds(text: str) -> float:
+    """Return an argument in seconds. Raises argparse's error."""
+    if not 0 <= (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError("must be 0 or more seconds")
     return number
 
 

@@ -11,10 +11,12 @@ from kms_hasher.management.commands._walk import (
     NOT_CONFIRMED,
     WalkCommand,
     duration,
+    enlist_of,
     options_of,
+    seconds,
 )
 from kms_hasher.models import RotationRun
-from kms_hasher.rotation import keys, plan, rotate
+from kms_hasher.rotation import keys, plan, rotate, runs
 from kms_hasher.rotation.engine import Options
 from kms_hasher.rotation.plan import Plan
 from kms_hasher.rotation.rotate import Rotated
@@ -30,6 +32,13 @@ Examples:
 No password is needed, no digest leaves KMS, no session ends. It can be stopped at any
 instant and run again. Exit status: 0 done, 1 refused or failed, 3 done but for bad rows.
 """
+
+STEERING = {
+    "pause": "Let a run that another process conducts pause: the one there is, or by number.",
+    "resume": "Let it go on.",
+    "cancel": "End it for good; its rows stay as they are.",
+}
+NOT_LIVE = "No process conducts {run} now; `{command}` goes on with it."
 
 DELETION = (
     "In {days} days KMS deletes the keys below for ever. Backups made before this run need "
@@ -67,7 +76,7 @@ class Command(WalkCommand):
         )
         parser.add_argument(
             "--settle",
-            type=_seconds,
+            type=seconds,
             default=Options.settle,
             metavar="SECONDS",
             help="How long to wait for a moved alias to spread, before the last sweep "
@@ -86,6 +95,10 @@ class Command(WalkCommand):
             help="Afterwards schedule their deletion in 7 to 30 days; refused while any row "
             "needs one.",
         )
+        for action, text in STEERING.items():
+            target.add_argument(
+                f"--{action}", nargs="?", type=int, const=0, metavar="RUN", help=text
+            )
         parser.add_argument(
             "--noinput",
             "--no-input",
@@ -95,6 +108,10 @@ class Command(WalkCommand):
         )
 
     def work(self, **options: Any) -> None:
+        for action in STEERING:
+            if options[action] is not None:
+                self._steer(action, options[action])
+                return
         planned = plan.make(
             new_key=options["new_key"],
             to=options["to"],
@@ -107,10 +124,31 @@ class Command(WalkCommand):
             return
         if days and options["interactive"]:
             self._confirm(planned, days)
-        rotated = self.walk(rotate.rotate(planned, options_of(options)))
+        rotated = self.walk(
+            rotate.rotate(planned, options_of(options), enlist=enlist_of(options))
+        )
         self._summarise(rotated)
         if options["disable_old"] or days:
             self._give_up(planned, rotated, days)
+
+    def _steer(self, action: str, run_id: int) -> None:
+        run = runs.find(run_id)
+        self.result.update(run=run.pk, kind=run.kind)
+        name, ended = f"Run {run.pk} ({run})", run.get_state_display()
+        if action == "cancel":
+            if not runs.cancel(run):
+                raise RotationRefused(f"{name} is {ended}; there is nothing to cancel.")
+            self.tell(f"{name} is cancelled. Its rows stay as they are, and all of them work.")
+        elif not runs.is_live(run):
+            raise RotationRefused(NOT_LIVE.format(run=name, command=runs.command_of(run)))
+        elif action == "pause":
+            if not runs.pause(run):
+                raise RotationRefused(f"{name} is {ended}; only a running one can be paused.")
+            self.tell(f"{name} pauses once the calls in flight are done.")
+        else:
+            if not runs.resume(run):
+                raise RotationRefused(f"{name} is {ended}; only a paused one can be resumed.")
+            self.tell(f"{name} goes on.")
 
     def _describe(self, planned: Plan) -> None:
         target = planned.target.key_arn if planned.target else None
@@ -208,9 +246,3 @@ def _days(text: str) -> int:
     if not 7 <= (days := int(text)) <= 30:
         raise argparse.ArgumentTypeError("must be 7 to 30 days")
     return days
-
-
-def _seconds(text: str) -> float:
-    if not 0 <= (seconds := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError("must be 0 or more seconds")
-    return seconds

@@ -10,6 +10,7 @@ from kms_hasher.management.commands._walk import (
     NOT_CONFIRMED,
     WalkCommand,
     duration,
+    enlist_of,
     options_of,
 )
 from kms_hasher.rotation import seal
@@ -50,7 +51,7 @@ class Command(WalkCommand):
             return
         if number:
             self._confirm(PHRASE.format(number=number), number, options["confirm"])
-        self.walk(seal.unwrap(options_of(options)))
+        self.walk(seal.unwrap(options_of(options), enlist=enlist_of(options)))
         done = self.result
         self.tell(
             f"Unwrapped {done['rewritten']:,} passwords in {duration(done['seconds'])}: "

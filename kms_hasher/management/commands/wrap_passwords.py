@@ -10,6 +10,7 @@ from kms_hasher.management.commands._walk import (
     NOT_CONFIRMED,
     WalkCommand,
     duration,
+    enlist_of,
     options_of,
 )
 from kms_hasher.rotation import seal
@@ -57,7 +58,7 @@ class Command(WalkCommand):
             answer = self.ask(QUESTION.format(number=number, key=key))
             if answer.strip().lower() not in ("y", "yes"):
                 raise RotationRefused(NOT_CONFIRMED)
-        self.walk(seal.wrap(options_of(options)))
+        self.walk(seal.wrap(options_of(options), enlist=enlist_of(options)))
         done = self.result
         self.tell(
             f"Sealed {done['rewritten']:,} passwords in {duration(done['seconds'])}: "

@@ -1,0 +1,22 @@
+"""
+The task of Django's own tasks framework for `rotate_kms_key --distribute tasks`.
+
+It needs Django 6.0 or later, and a backend in `TASKS` whose workers run it.
+"""
+
+from __future__ import annotations
+
+from django.tasks import task
+
+from kms_hasher.rotation import sweeps
+
+
+@task
+def work_on(shard_id: int) -> None:
+    """Work on one shard of a run. What goes wrong stands in its row."""
+    sweeps.work_on(shard_id)
+
+
+def send(shard_id: int) -> None:
+    """Put a shard on the queue."""
+    work_on.enqueue(shard_id)
