@@ -31,6 +31,7 @@ from kms_hasher.rotation import (
     engine,
     jobs,
     keys,
+    pace,
     plan,
     rotate,
     runs,
@@ -634,8 +635,8 @@ def test_the_rate_is_kept() -> None:
 
 def test_the_rate_has_no_bursts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(workers.time, "monotonic", lambda: now)
-    limiter = workers.Limiter(10)
+    monkeypatch.setattr(pace.time, "monotonic", lambda: now)
+    limiter = pace.Pace(1, 10)
     waits = [limiter.turn() for _ in range(3)]
     now += 60  # idle for a minute: nothing is saved up
     waits += [limiter.turn() for _ in range(2)]

@@ -67,14 +67,15 @@ class Options:
     """
     How a run goes about it. All of it is known to every process that works on it.
 
-    `concurrency` is how many calls a process has in flight at once, `rate` how many all
+    `concurrency` is how many calls a process has in flight at once, None for as many as bring
+    something, `rate` how many all
     processes together make per second at the most, None for no limit. `processes` work on it
     on this machine. `sleep` are the seconds between two pages, `settle` those to wait for a
     moved alias before the last sweep.
     """
 
     batch_size: int = 500
-    concurrency: int = 32
+    concurrency: int | None = 32
     rate: float | None = None
     processes: int = 1
     sleep: float = 0.0

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from kms_hasher import keyring, signals
 from kms_hasher.exceptions import AuditError, KMSUnavailable
+from kms_hasher.rotation.pace import MOST, PERIOD, Pace
 
 #: Makes one call to KMS; comes to the string to store, or None for nothing to store.
 Task: TypeAlias = "Callable[[], Awaitable[str | None]]"
@@ -48,42 +49,17 @@ class Outcome(NamedTuple):
     events: list[signals.Event]
 
 
-class Limiter:
-    """
-    Spaces calls evenly: at most `rate` in a second, with no bursts.
-
-    `rate` None is no limit. `calls` is how many calls were let through.
-    """
-
-    def __init__(self, rate: float | None) -> None:
-        self.calls = 0
-        self._next = 0.0
-        self.set(rate)
-
-    def set(self, rate: float | None) -> None:
-        """Change the rate for the calls that are not let through yet."""
-        self._interval = 1 / rate if rate else 0.0
-
-    def turn(self) -> float:
-        """Count a call; return for how many seconds it has to wait."""
-        self.calls += 1
-        now = time.monotonic()
-        turn = max(now, self._next)
-        self._next = turn + self._interval
-        return turn - now
-
-
 class Workers:
     """
-    Do tasks, `number` of them at once. A context manager.
+    Do tasks, `number` of them at once, or as many as bring something. A context manager.
 
     On leaving it, calls in flight are waited for and their events emitted, as KMS has made
     them; what they come to is not stored, and the rows are as they were.
     """
 
-    def __init__(self, number: int, rate: float | None = None) -> None:
-        self._number = number
-        self._limiter = Limiter(rate)
+    def __init__(self, number: int | None, rate: float | None = None) -> None:
+        self._most = number or MOST
+        self._pace = Pace(number, rate)
         self._waiting: deque[tuple[Any, Task]] = deque()
         self._running: set[Any] = set()
         self._gathered: list[Outcome] = []
@@ -97,11 +73,11 @@ class Workers:
     @property
     def calls(self) -> int:
         """How many calls were made, those made again included."""
-        return self._limiter.calls
+        return self._pace.calls
 
     def limit(self, rate: float | None) -> None:
         """Let calls through at most at this rate from now on, None for no limit."""
-        self._limiter.set(rate)
+        self._pace.limit(rate)
 
     def __enter__(self) -> Workers:
         self._thread.start()
@@ -160,7 +136,7 @@ class Workers:
         loop = self._loop
         asyncio.set_event_loop(loop)
         # For providers that know no event loop.
-        loop.set_default_executor(ThreadPoolExecutor(self._number, "kms-hasher-call"))
+        loop.set_default_executor(ThreadPoolExecutor(self._most, "kms-hasher-call"))
         try:
             loop.run_until_complete(self._serve())
         except BaseException as error:  # noqa: BLE001  # the calling thread raises it
@@ -170,7 +146,9 @@ class Workers:
             loop.close()
 
     async def _serve(self) -> None:
-        await self._stopped.wait()
+        while await self._pause(PERIOD):
+            self._pace.look()
+            self._start()
         await asyncio.gather(*self._running)
         if close := getattr(keyring.provider(), "aclose", None):
             await close()
@@ -196,8 +174,14 @@ class Workers:
         self._unseen_errors -= errors
         self._start()
 
+    @property
+    def _has_room(self) -> bool:
+        return len(self._running) < self._pace.number
+
     def _start(self) -> None:
-        while not self._unseen_errors and self._waiting and len(self._running) < self._number:
+        while (
+            not self._unseen_errors and self._waiting and len(self._running) < self._pace.number
+        ):
             running = self._loop.create_task(self._do(*self._waiting.popleft()))
             self._running.add(running)
 
@@ -205,6 +189,7 @@ class Workers:
         with signals.held() as events:
             value = await self._outcome(task)
         self._running -= {asyncio.current_task()}
+        self._pace.note(events)
         self._gathered.append(Outcome(item, value, events))
         self._unseen_errors += isinstance(value, Exception)
         more = self._running or (self._waiting and not self._unseen_errors)
@@ -222,7 +207,7 @@ class Workers:
     async def _outcome(self, task: Task) -> str | Exception | None:
         pauses = _pauses()
         while True:
-            seconds = self._limiter.turn()
+            seconds = self._pace.turn()
             if seconds > 0 and not await self._pause(seconds):
                 return None
             try:

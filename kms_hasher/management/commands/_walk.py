@@ -65,10 +65,12 @@ class WalkCommand(BaseCommand):
         )
         parser.add_argument(
             "--concurrency",
-            type=_positive_int,
+            type=lambda text: None if text == "auto" else _positive_int(text),
             default=Options.concurrency,
             metavar="N",
-            help="Calls to KMS at the same time (default: %(default)s).",
+            help='Calls to KMS that a process makes at the same time, or "auto" to find as '
+            "many as bring something (default: %(default)s). With any number it goes slower "
+            "while KMS throttles.",
         )
         parser.add_argument(
             "--rate",
