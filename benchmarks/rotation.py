@@ -34,13 +34,15 @@ if not settings.configured:
 from django.contrib.auth.models import User
 from django.test.runner import DiscoverRunner
 from django.test.utils import override_settings
+from django.utils import timezone
 
-from kms_hasher import encoding
+from kms_hasher import encoding, history
 from kms_hasher.audit import recorder
 from kms_hasher.encoding import Argon2Parameters, Header, SealedHash
 from kms_hasher.models import RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation import engine, jobs, runs, sweeps, workers
+from kms_hasher.rotation.processes import processes as several
 
 OLD = stub.ARN.replace("5555", "4444")
 NAIVE = 300
@@ -101,11 +103,25 @@ def alone(rows: int, concurrency: int) -> None:
             pass
 
 
-def ours(concurrency: int) -> None:
-    options = engine.Options(concurrency=concurrency, settle=0)
-    with runs.recorded(RotationRun.Kind.REWRAP) as record:
-        for _ in sweeps.conduct(record, job(), options):
+def ours(rows: int, concurrency: int | None, processes: int = 1, **more: Any) -> RotationRun:
+    """Re-wrap all rows as the command does, but for the alias, which the stub has none of."""
+    options = engine.Options(concurrency=concurrency, processes=processes, settle=0, **more)
+    with runs.recorded(
+        RotationRun.Kind.REWRAP,
+        key=history.record_key(stub.ARN, timezone.now()),
+        plan=sweeps.plan_of(options),
+        rate=options.rate,
+    ) as record:
+        enlist = workers_of(processes)
+        for _ in sweeps.conduct(record, job(), options, total=rows, enlist=enlist):
             pass
+    if rows:
+        assert record.row.rewritten == rows
+    return record.row
+
+
+def workers_of(processes: int) -> sweeps.Enlist:
+    return several if processes > 1 else sweeps.here
 
 
 def resident() -> float:
@@ -138,7 +154,7 @@ def show(name: str, rows: int, call: Callable[[], Any], beside: float) -> float:
     rate = rows / wall
     ratio = f"{rate / beside:10.1f}" if beside else f"{'':10}"
     print(
-        f"{name:34}{rows:9,}{rate:10,.0f}{ratio}{cpu / rows * 1e6:12,.0f}{peak:9.1f}",
+        f"{name:42}{rows:9,}{rate:10,.0f}{ratio}{cpu / rows * 1e6:12,.0f}{peak:9.1f}",
         flush=True,
     )
     return rate
@@ -153,6 +169,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="(default: %(default)s)")
     parser.add_argument("--delay", type=float, default=10, help="of KMS in ms (%(default)s)")
     parser.add_argument("--concurrency", default="8,32,64", help="(default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="(default: %(default)s)")
     options = parser.parse_args()
     if "DATABASE_URL" not in os.environ:
         sys.exit("DATABASE_URL is to name a database on a server.")
@@ -162,7 +179,7 @@ def main() -> None:
     try:
         with stub.running(options.delay):
             head = ("rows/s", "x naive", "CPU us/row", "peak MiB")
-            print(f"{'':34}{'rows':>9}{head[0]:>10}{head[1]:>10}{head[2]:>12}{head[3]:>9}")
+            print(f"{'':42}{'rows':>9}{head[0]:>10}{head[1]:>10}{head[2]:>12}{head[3]:>9}")
             fill(NAIVE)
             beside = show("naive", NAIVE, naive, 0)
             for concurrency in map(int, options.concurrency.split(",")):
@@ -173,7 +190,14 @@ def main() -> None:
                     fill(options.rows)
                     with override_settings(KMS_HASHER=values):
                         text = f"ours, {concurrency} in flight, AUDIT {audit}"
-                        show(text, options.rows, partial(ours, concurrency), beside)
+                        show(
+                            text, options.rows, partial(ours, options.rows, concurrency), beside
+                        )
+                if options.processes > 1:
+                    fill(options.rows)
+                    text = f"ours, {options.processes} processes, {concurrency} each, AUDIT off"
+                    call = partial(ours, options.rows, concurrency, options.processes)
+                    show(text, options.rows, call, beside)
     finally:
         recorder.close()
         runner.teardown_databases(databases)

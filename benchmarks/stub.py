@@ -93,10 +93,22 @@ class Stub:
 
     def delay(self, milliseconds: float) -> None:
         """Let every answer from now on take so long."""
+        self._say(f"delay {milliseconds}")
+
+    def quota(self, calls: float) -> None:
+        """Throttle what is beyond so many calls a second from now on, 0 for no quota."""
+        self._say(f"quota {calls}")
+
+    def counts(self) -> tuple[int, int]:
+        """Return how many calls were answered and how many throttled so far."""
+        answered, throttled = self._say("counts").split()
+        return int(answered), int(throttled)
+
+    def _say(self, line: str) -> str:
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(f"{milliseconds}\n")
+        self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
-        self._process.stdout.readline()
+        return self._process.stdout.readline()
 
 
 @contextlib.contextmanager
@@ -125,13 +137,33 @@ def running(milliseconds: float = 0) -> Iterator[Stub]:
 
 
 def serve() -> None:
-    """Answer until stdin ends; each line on it is a new delay in milliseconds."""
+    """Answer until stdin ends; a line on it is a new delay in ms, a quota or "counts"."""
     import asyncio
 
-    delay = 0.0
+    delay = quota = tokens = last = 0.0
+    answered = throttled = 0
+    too_many = b'{"__type":"ThrottlingException","message":"Rate exceeded"}'
+    refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/x-amz-json-1.1\r\n"
+    refusal += b"Content-Length: %d\r\n\r\n%s" % (len(too_many), too_many)
+
+    def is_over_quota() -> bool:
+        """Take a token from a bucket that holds a second's worth, as AWS's do."""
+        nonlocal tokens, last
+        now = loop.time()
+        tokens, last = min(tokens + (now - last) * quota, quota), now
+        if tokens < 1:
+            return True
+        tokens -= 1
+        return False
+
     plaintexts: dict[str, str] = {}
 
     def answer(head: bytes, body: bytes) -> bytes:
+        nonlocal answered, throttled
+        if quota and is_over_quota():
+            throttled += 1
+            return refusal
+        answered += 1
         params = json.loads(body)
         fields = {"KeyId": ARN, "EncryptionAlgorithm": "SYMMETRIC_DEFAULT"}
         if b"TrentService.ReEncrypt" in head:  # nothing is opened afterwards
@@ -164,13 +196,17 @@ def serve() -> None:
                 loop.call_later(delay, self.transport.write, answer(head, body))
 
     async def main() -> None:
-        nonlocal delay, loop
+        nonlocal delay, quota, loop
         loop = asyncio.get_running_loop()
         server = await loop.create_server(Connection, "127.0.0.1", 0)
         print(server.sockets[0].getsockname()[1], flush=True)
         while line := await loop.run_in_executor(None, sys.stdin.readline):
-            delay = float(line) / 1000
-            print(flush=True)
+            word, _, number = line.partition(" ")
+            if word == "delay":
+                delay = float(number) / 1000
+            elif word == "quota":
+                quota = float(number)
+            print(answered, throttled, flush=True)
 
     loop: asyncio.AbstractEventLoop
     asyncio.run(main())
