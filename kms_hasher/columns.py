@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +19,13 @@ from django.db.models.functions import StrIndex, Substr
 
 from kms_hasher import conf, encoding
 from kms_hasher.exceptions import ConfigurationError
+
+#: Milliseconds that a statement which locks rows waits for one that is locked.
+PATIENCE = 50
+
+#: PostgreSQL: lock_not_available, deadlock_detected. MariaDB: lock wait timeout, deadlock.
+#: SQLite: the whole database is locked.
+LOCKED = ("55P03", "40P01", 1205, 1213, "database is locked")
 
 
 @dataclass(frozen=True)
@@ -56,19 +63,40 @@ class Column:
         """
         Do `swap` for many rows by one statement; return the keys of those that were changed.
 
-        Where that cannot be, for a deadlock with another run or a key of several columns,
-        it is done row by row.
+        Rows are locked for that one statement, and it waits for no row that somebody else
+        has locked for longer than `PATIENCE`. Where it cannot be done so, for that, a deadlock
+        with another run or a key of several columns, it is done row by row, and a row that
+        is still locked is left.
         """
         if self.model._meta.pk.column is not None:
-            with contextlib.suppress(OperationalError), transaction.atomic(self.database):
-                if self._update(changes) == len(changes):
+            with contextlib.suppress(OperationalError), self._impatient() as cursor:
+                if self._update(cursor, changes) == len(changes):
                     return {change.pk for change in changes}
                 new = {change.pk: change.new for change in changes}
                 rows = self.rows.filter(pk__in=new).values_list("pk", self.field.attname)
                 return {pk for pk, value in rows if value == new[pk]}
+            return {each.pk for each in changes if self._swap_unlocked(each)}
         return {each.pk for each in changes if self.swap(each.pk, each.old, each.new)}
 
-    def _update(self, changes: Sequence[Change]) -> int:
+    def _swap_unlocked(self, change: Change) -> bool:
+        try:
+            with self._impatient() as cursor:
+                return bool(self._update(cursor, [change]))
+        except OperationalError as error:
+            if _is_locked(error):
+                return False
+            raise
+
+    @contextlib.contextmanager
+    def _impatient(self) -> Iterator[Any]:
+        """Give a cursor in a transaction, which waits for locks no longer than `PATIENCE`."""
+        connection = connections[self.database]
+        with transaction.atomic(self.database), connection.cursor() as cursor:
+            if connection.vendor == "postgresql":
+                cursor.execute(f"SET LOCAL lock_timeout = '{PATIENCE}ms'")
+            yield cursor
+
+    def _update(self, cursor: Any, changes: Sequence[Change]) -> int:
         connection = connections[self.database]
         key = self.model._meta.pk
         quote = connection.ops.quote_name
@@ -82,12 +110,21 @@ class Column:
         case = " ".join(["WHEN %s THEN %s"] * len(changes))
         either = " OR ".join([f"({pk} = %s AND {name} = %s)"] * len(changes))
         table = quote(self.model._meta.db_table)
-        with connection.cursor() as cursor:
-            cursor.execute(
-                f"UPDATE {table} SET {name} = CASE {pk} {case} END WHERE {either}",  # noqa: S608
-                new + old,
-            )
-            return int(cursor.rowcount)
+        # MariaDB counts in seconds, so that it does not wait at all.
+        at_once = "SET STATEMENT innodb_lock_wait_timeout=0 FOR "
+        before = at_once if getattr(connection, "mysql_is_mariadb", False) else ""
+        cursor.execute(
+            f"{before}UPDATE {table} SET {name} = CASE {pk} {case} END WHERE {either}",  # noqa: S608
+            new + old,
+        )
+        return int(cursor.rowcount)
+
+
+def _is_locked(error: OperationalError) -> bool:
+    """Return whether the database gave up waiting for a lock, and nothing is wrong with it."""
+    cause: Any = error.__cause__
+    code = getattr(cause, "sqlstate", None) or (error.args[0] if error.args else None)
+    return code in LOCKED
 
 
 class Change(NamedTuple):

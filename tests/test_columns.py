@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
 from django.contrib.auth.models import Group as AuthGroup
 from django.contrib.auth.models import User
-from django.db import OperationalError
+from django.db import OperationalError, connection, transaction
 
 from kms_hasher import columns, encoding
 from kms_hasher.columns import Change, Column, Group
@@ -144,7 +146,8 @@ def test_many_rows_are_changed_by_one_statement(django_assert_num_queries: Any) 
     (column,) = columns.columns()
     made = users(100)
     changes = changes_of(made)
-    with django_assert_num_queries(3):  # a savepoint, the statement, its release
+    # A savepoint, the statement, its release; and how long to wait for locks.
+    with django_assert_num_queries(4 if connection.vendor == "postgresql" else 3):
         assert column.swap_all(changes) == {user.pk for user in made}
     assert dict(User.objects.values_list("pk", "password")) == {
         change.pk: change.new for change in changes
@@ -184,8 +187,12 @@ def test_after_a_deadlock_it_is_done_row_by_row(monkeypatch: pytest.MonkeyPatch)
     made = users(3)
     User.objects.filter(pk=made[1].pk).update(password="fresh")
 
-    def deadlock(*args: Any) -> int:
-        raise OperationalError("deadlock detected")
+    update = Column._update
+
+    def deadlock(self: Column, cursor: Any, changes: Any) -> int:
+        if len(changes) > 1:
+            raise OperationalError("deadlock detected")
+        return update(self, cursor, changes)
 
     monkeypatch.setattr(Column, "_update", deadlock)
     assert column.swap_all(changes_of(made)) == {made[0].pk, made[2].pk}
@@ -199,3 +206,62 @@ def test_a_key_of_several_columns_is_done_row_by_row(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(User._meta.pk, "column", None)
     monkeypatch.setattr(Column, "swap", lambda self, pk, old, new: pk == made[0].pk)
     assert column.swap_all(changes_of(made)) == {made[0].pk}
+
+
+@pytest.mark.django_db
+def test_a_database_that_fails_is_no_locked_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    (column,) = columns.columns()
+
+    def fail(*args: Any) -> int:
+        raise OperationalError("server closed the connection unexpectedly")
+
+    made = users(2)
+    monkeypatch.setattr(Column, "_update", fail)
+    with pytest.raises(OperationalError, match="server closed"):
+        column.swap_all(changes_of(made))
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_locked_row_is_left_and_holds_up_no_other() -> None:
+    if connection.vendor == "sqlite":
+        pytest.skip("SQLite locks the whole database, and waits for it by its own timeout")
+    (column,) = columns.columns()
+    made = users(100)
+    locked, go, done = threading.Event(), threading.Event(), threading.Event()
+
+    def sign_in() -> None:
+        try:
+            with transaction.atomic():
+                User.objects.filter(pk=made[50].pk).update(first_name="locked")
+                locked.set()
+                go.wait(20)
+        finally:
+            connection.close()
+
+    waited: list[float] = []
+
+    def others() -> None:
+        """Write to the rows before the locked one, which the statement locks first."""
+        try:
+            while not done.is_set():
+                started = time.monotonic()
+                User.objects.filter(pk=made[0].pk).update(first_name="other")
+                waited.append(time.monotonic() - started)
+        finally:
+            connection.close()
+
+    threads = [threading.Thread(target=each) for each in (sign_in, others)]
+    for thread in threads:
+        thread.start()
+    locked.wait(20)
+    started = time.monotonic()
+    changed = column.swap_all(changes_of(made))
+    taken = time.monotonic() - started
+    done.set()
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert changed == {user.pk for user in made} - {made[50].pk}
+    assert taken < 5
+    assert max(waited) < 1
+    assert column.swap_all(changes_of([made[50]])) == {made[50].pk}

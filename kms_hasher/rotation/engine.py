@@ -9,10 +9,11 @@ value or its new one, and whoever takes the shard next does the rest.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from django.db.models import QuerySet
@@ -22,6 +23,7 @@ from kms_hasher.columns import Change, Column
 from kms_hasher.exceptions import KMSHasherError, MalformedHash
 from kms_hasher.models import RotationRun, RotationShard
 from kms_hasher.rotation import shards
+from kms_hasher.rotation.database import lag, statement_timeout
 from kms_hasher.rotation.workers import Outcome, Task, Workers
 
 #: Seconds between two signs of life of a shard.
@@ -71,7 +73,9 @@ class Options:
     something, `rate` how many all
     processes together make per second at the most, None for no limit. `processes` work on it
     on this machine. `sleep` are the seconds between two pages, `settle` those to wait for a
-    moved alias before the last sweep.
+    moved alias before the last sweep, `statement_timeout` those a statement may take, 0 for
+    no limit. `replicas` name, by the alias of a database, that of a replica which is read in
+    the first sweep, and waited for while it is more than `max_lag` seconds behind.
     """
 
     batch_size: int = 500
@@ -80,6 +84,9 @@ class Options:
     processes: int = 1
     sleep: float = 0.0
     settle: float = 5.0
+    statement_timeout: float = 30.0
+    replicas: Mapping[str, str] = field(default_factory=dict)
+    max_lag: float | None = None
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,12 @@ class Walker:
         after all tries, access denied, a target that cannot be used.
         """
         self._begin(shard)
+        limit = statement_timeout(shard.database, self._options.statement_timeout)
         try:
-            overtaken = yield from self._rewrite(self._pages())
-            if overtaken:  # once more at once, and in the next sweep
-                yield from self._rewrite(self._again(overtaken))
+            with limit:
+                overtaken = yield from self._rewrite(self._pages())
+                if overtaken:  # once more at once, and in the next sweep
+                    yield from self._rewrite(self._again(overtaken))
         except Exception as error:
             # Errors that are not ours may quote a row.
             text = str(error) if isinstance(error, KMSHasherError) else type(error).__name__
@@ -186,13 +195,30 @@ class Walker:
         self.stopped = self.stopped or state in RESTING
         self._workers.limit(rate / max(shards.at_work(self._run), 1) if rate else None)
 
-    def _rows(self) -> QuerySet[Any]:
-        name = self._column.field.attname
-        return self._job.candidates(self._column.rows, name).values_list("pk", name)
+    def _rows(self, column: Column) -> QuerySet[Any]:
+        name = column.field.attname
+        return self._job.candidates(column.rows, name).values_list("pk", name)
+
+    def _source(self) -> Column:
+        """Return where to read: later sweeps must see all that was written."""
+        replica = self._options.replicas.get(self._column.database)
+        if replica and self._shard.sweep == 1:
+            return dataclasses.replace(self._column, database=replica)
+        return self._column
+
+    def _rest(self) -> None:
+        """Leave time to all else that the database has to do, with signs of life."""
+        if self._options.sleep:
+            time.sleep(self._options.sleep)
+        replica = self._options.replicas.get(self._column.database)
+        if replica and self._options.max_lag is not None:
+            while not self.stopped and lag(replica) > self._options.max_lag:
+                time.sleep(EVERY)
+                self._beat()
 
     def _pages(self) -> Iterator[Page]:
         # By key, not by offset, so that the last page costs what the first does.
-        rows = self._rows().order_by("pk")
+        rows = self._rows(self._source()).order_by("pk")
         if self._shard.upto:
             rows = rows.filter(pk__lte=shards.load(self._column, self._shard.upto))
         if start := self._shard.cursor or self._shard.after:
@@ -202,14 +228,13 @@ class Walker:
         while not self.stopped and (found := list(page[: self._options.batch_size])):
             self._open.append(Page(found, found[-1][0], len(found)))
             yield self._open[-1]
-            if self._options.sleep:
-                time.sleep(self._options.sleep)
+            self._rest()
             page = rows.filter(pk__gt=found[-1][0])
 
     def _again(self, pks: list[Any]) -> Iterator[Page]:
         for start in range(0, len(pks), self._options.batch_size):
             some = pks[start : start + self._options.batch_size]
-            found = list(self._rows().filter(pk__in=some))
+            found = list(self._rows(self._column).filter(pk__in=some))
             yield Page(found, None, len(found))
 
     def _rewrite(self, pages: Iterator[Page]) -> Generator[None, None, list[Any]]:

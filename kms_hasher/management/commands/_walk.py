@@ -14,7 +14,7 @@ from collections.abc import Generator
 from typing import Any, TypeVar
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import DatabaseError
+from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
 from kms_hasher.exceptions import (
     ConfigurationError,
@@ -41,6 +41,7 @@ NAMED = 1000
 GO_ON = "Every password is as good as it was. Run it again to go on."
 INTERRUPTED = f"Stopped. {GO_ON}"
 BAD = "Rows that could not be rewritten and were left as they are: {number}."
+NO_REPLICA = "--max-lag says how far a --replica may be behind: name one."
 NOT_CONFIRMED = "Not confirmed; nothing was done."
 NO_ANSWER = "Nobody is there to confirm this."
 DATABASE_FAILED = f"The database failed ({{error}}). {GO_ON}"
@@ -86,6 +87,30 @@ class WalkCommand(BaseCommand):
             metavar="SECONDS",
             help="Pause between two batches, for replicas and for all else that the database "
             "has to do (default: none).",
+        )
+        parser.add_argument(
+            "--statement-timeout",
+            type=seconds,
+            default=Options.statement_timeout,
+            metavar="SECONDS",
+            help="Let the database end a statement that takes longer; 0 for no limit "
+            "(default: %(default)s).",
+        )
+        parser.add_argument(
+            "--replica",
+            type=_replica,
+            action="append",
+            default=[],
+            dest="replicas",
+            metavar="[DATABASE=]ALIAS",
+            help="Read from this alias of DATABASES in the first sweep: a replica of "
+            '"default", or of the database named before. May be given for each.',
+        )
+        parser.add_argument(
+            "--max-lag",
+            type=seconds,
+            metavar="SECONDS",
+            help="Wait while a --replica is further behind than that.",
         )
         workers = parser.add_mutually_exclusive_group()
         workers.add_argument(
@@ -254,7 +279,11 @@ def duration(seconds: float) -> str:
 def options_of(options: dict[str, Any]) -> Options:
     """Return the engine's options from the command's."""
     names = (each.name for each in dataclasses.fields(Options))
-    return Options(**{name: options[name] for name in names if name in options})
+    given = {name: options[name] for name in names if name in options}
+    given["replicas"] = dict(options.get("replicas", ()))
+    if given.get("max_lag") is not None and not given["replicas"]:
+        raise RotationRefused(NO_REPLICA)
+    return Options(**given)
 
 
 def enlist_of(options: dict[str, Any]) -> Enlist:
@@ -279,6 +308,14 @@ def _positive_float(text: str) -> float:
     if not 0 < number < float("inf"):
         raise argparse.ArgumentTypeError("must be above 0")
     return number
+
+
+def _replica(text: str) -> tuple[str, str]:
+    database, _, alias = text.rpartition("=")
+    for name in (database or DEFAULT_DB_ALIAS, alias):
+        if name not in connections:
+            raise argparse.ArgumentTypeError(f"DATABASES has no {name!r}")
+    return database or DEFAULT_DB_ALIAS, alias
 
 
 def seconds(text: str) -> float:
