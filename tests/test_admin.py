@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import re
 import uuid
+from collections.abc import Iterator
 from html import unescape
 from typing import Any
 
 import pytest
+from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.auth.models import Permission, User
 from django.contrib.messages import get_messages
 from django.db import DatabaseError, connection
@@ -520,6 +523,182 @@ def test_the_script_is_told_of_the_end(admin: Client) -> None:
         on = state in ("running", "paused")
         assert live(admin, run)["on"] is on
         assert ("data-mark=" in admin.get(page_url(run)).content.decode()) is on
+
+
+# --- runs: steering them ------------------------------------------------------------
+
+WISHES = ("pause", "resume", "cancel")
+
+
+@pytest.fixture
+def controller(admin: Client, staff: User) -> Client:
+    """A client of somebody who may view everything and steer runs."""
+    staff.user_permissions.add(Permission.objects.get(codename="control_rotationrun"))
+    return admin
+
+
+def steer(client: Client, run: RotationRun, wish: str) -> tuple[str, list[str]]:
+    """Return the run's state then and what its page says."""
+    response = client.post(run_url(run, wish), {"sure": "yes"}, follow=True)
+    assert response.redirect_chain == [(page_url(run), 302)]
+    told = [f"{message.level_tag}: {message}" for message in response.context["messages"]]
+    run.refresh_from_db()
+    return run.state, told
+
+
+@contextlib.contextmanager
+def conducted(run: RotationRun) -> Iterator[None]:
+    with shards.owner() as owner:
+        values = {"owner": owner, "updated_at": timezone.now()}
+        RotationRun.objects.filter(pk=run.pk).update(**values)
+        yield
+
+
+def test_pause_resume_and_cancel(controller: Client, staff: User) -> None:
+    run = make_rotation(make_key())
+    with conducted(run):
+        state, [told] = steer(controller, run, "pause")
+        assert (state, told.split(":")[0]) == ("paused", "success")
+        assert "waits to be told" in texts(controller, run)["note"]
+        state, [told] = steer(controller, run, "resume")
+        assert (state, told) == ("running", "success: The run may go on.")
+        assert texts(controller, run)["note"] == ""
+        state, [told] = steer(controller, run, "cancel")
+        assert (state, told.split(":")[0]) == ("cancelled", "success")
+        assert texts(controller, run)["note"] == ""
+    entries = LogEntry.objects.order_by("pk")
+    assert [entry.get_change_message() for entry in entries] == [
+        "Paused the run.",
+        "Resumed the run.",
+        "Cancelled the run.",
+    ]
+    for entry in entries:
+        assert (entry.user, entry.action_flag) == (staff, CHANGE)
+        assert entry.get_edited_object() == run
+    assert "Cancelled the run." in controller.get(run_url(run, "history")).content.decode()
+    assert run_url(run, "history") in controller.get(page_url(run)).content.decode()
+
+
+@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("state", list(runs.State))
+def test_what_the_state_does_not_allow(wish: str, state: str, controller: Client) -> None:
+    run = make_rotation(make_key(), state=state)
+    allowed = {
+        "pause": state == "running",
+        "resume": state == "paused",
+        "cancel": state not in ("finished", "cancelled"),
+    }
+    assert live(controller, run)["allowed"] == [name for name in WISHES if allowed[name]]
+    html = controller.get(page_url(run)).content.decode()
+    for name in WISHES:
+        button = re.search(rf'<button[^>]*data-kms-wish="{name}"[^>]*>', html)
+        assert button and (" hidden" not in button[0]) is allowed[name]
+    then, [told] = steer(controller, run, wish)
+    assert (then != state) is allowed[wish]
+    assert LogEntry.objects.exists() is allowed[wish]
+    if not allowed[wish]:
+        assert told.startswith("error: Not ")
+        assert told.endswith(f"Its state is: {state}.")
+
+
+def test_cancel_asks_first(controller: Client) -> None:
+    commands = {
+        "rewrap": "manage.py rotate_kms_key",
+        "new-key": "manage.py rotate_kms_key",  # not one more new key
+        "to-key": "manage.py rotate_kms_key",
+        "new-material": "manage.py rotate_kms_key --new-material",
+        "wrap": "manage.py wrap_passwords",
+        "unwrap": "manage.py unwrap_passwords",
+    }
+    assert set(commands) == set(RotationRun.Kind)
+    for kind, command in commands.items():
+        run = make_rotation(make_key(), kind=kind)
+        response = controller.post(run_url(run, "cancel"))
+        html = response.content.decode()
+        assert response.status_code == 200
+        assert "Rows stay as they are." in html
+        assert re.search(r"both( keys)? work", html)
+        assert f"<code>{command}</code>" in html
+        assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:|<script>", html)
+        assert f'href="{page_url(run)}"' in html
+        run.refresh_from_db()
+        assert run.state == "running"
+    assert not LogEntry.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("rewrap", "rotate_kms_key"),
+        ("new-key", "rotate_kms_key --new-key"),
+        ("to-key", f"rotate_kms_key --to {make_arn(0)}"),
+        ("new-material", "rotate_kms_key --new-material"),
+        ("wrap", "wrap_passwords"),
+        ("unwrap", "unwrap_passwords"),
+    ],
+)
+@pytest.mark.parametrize("state", ["running", "paused", "interrupted", "failed"])
+def test_what_goes_on_with_a_run_that_nobody_conducts(
+    state: str, kind: str, command: str, controller: Client
+) -> None:
+    run = make_rotation(make_key(), kind=kind, state=state)
+    told = texts(controller, run)
+    assert told["command"] == f"manage.py {command}"
+    assert told["note"] == "No process conducts it now. This goes on with it:"
+    if state == "paused":
+        then, [message] = steer(controller, run, "resume")
+        assert then == "running"
+        assert message.startswith("warning: The run may go on. No process conducts it now.")
+        assert message.endswith(f"manage.py {command}")
+    make_rotation(make_key(), kind=kind)
+    told = texts(controller, run)
+    assert told["command"] == ""
+    assert "a later run has taken its place" in told["note"]
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_steering_needs_its_own_permission(wish: str, client: Client, staff: User) -> None:
+    run = make_rotation(make_key(), state="paused" if wish == "resume" else "running")
+    url = run_url(run, wish)
+    assert Client().post(url, {"sure": "yes"}).status_code == 302  # to the login
+    assert client.post(url, {"sure": "yes"}).status_code == 403
+    control = Permission.objects.get(codename="control_rotationrun")
+    staff.user_permissions.add(control)
+    assert client.post(url, {"sure": "yes"}).status_code == 403  # may not even see it
+    staff.user_permissions.remove(control)
+    allow(staff, RotationRun)
+    assert client.post(url, {"sure": "yes"}).status_code == 403
+    assert client.post(url).status_code == 403
+    html = client.get(page_url(run)).content.decode()
+    assert "data-kms-wish" not in html
+    assert "formaction" not in html
+    before = run.state
+    run.refresh_from_db()
+    assert run.state == before
+    staff.user_permissions.add(control)
+    assert client.get(url).status_code == 405
+    assert steer(client, run, wish)[0] != before
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_steering_is_safe_from_other_sites(wish: str, controller: Client, staff: User) -> None:
+    run = make_rotation(make_key(), state="paused" if wish == "resume" else "running")
+    strict = Client(enforce_csrf_checks=True)
+    strict.force_login(staff)
+    assert strict.post(run_url(run, wish), {"sure": "yes"}).status_code == 403
+    before = run.state
+    run.refresh_from_db()
+    assert run.state == before
+    html = strict.get(page_url(run)).content.decode()
+    found = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', html)
+    assert found
+    token = {"csrfmiddlewaretoken": found[1]}
+    if wish == "cancel":
+        html = strict.post(run_url(run, wish), token).content.decode()
+        assert 'name="csrfmiddlewaretoken"' in html
+    assert strict.post(run_url(run, wish), {**token, "sure": "yes"}).status_code == 302
+    run.refresh_from_db()
+    assert run.state != before
 
 
 def test_the_figures_need_the_view_permission(client: Client, staff: User) -> None:

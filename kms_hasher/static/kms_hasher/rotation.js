@@ -33,6 +33,9 @@
     page.querySelector("progress").value = Number(live.share);
     page.querySelector('[data-kms="error"]').hidden = !live.texts.error;
     page.querySelector(".kms-note").hidden = !live.texts.note;
+    for (const button of page.querySelectorAll("[data-kms-wish]")) {
+      button.hidden = !live.allowed.includes(button.dataset.kmsWish);
+    }
     fill(document.getElementById("kms-shards"), live.shards);
     fill(document.getElementById("kms-bad"), live.bad);
   }
