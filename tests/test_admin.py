@@ -452,7 +452,7 @@ def test_the_plan_is_readable(admin: Client) -> None:
         "seconds between two pages of rows: 0.5",
         "seconds for a moved alias to spread: 5",
         "odd: yes",
-        "keys to be left: arn:a",
+        "keys the alias may still lead to: arn:a",
         'more: {"a": 1}',
     ):
         assert f"<div>{line}</div>" in html

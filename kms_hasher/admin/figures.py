@@ -47,7 +47,7 @@ PLANNED = {
     "processes": _("processes"),
     "sleep": _("seconds between two pages of rows"),
     "settle": _("seconds for a moved alias to spread"),
-    "left": _("keys to be left"),
+    "left": _("keys the alias may still lead to"),
     "material": _("key material"),
 }
 
