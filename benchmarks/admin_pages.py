@@ -1,5 +1,6 @@
 """
-How long the admin's pages take at a million events, and how many queries.
+How long the admin's pages take at a million events and a hundred big runs, and how many
+queries.
 
     DATABASE_URL=postgres://... python -m benchmarks.admin_pages [events]
 
@@ -31,9 +32,10 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from kms_hasher import encoding, history
-from kms_hasher.models import AuditEvent
+from kms_hasher.models import AuditEvent, RotationRun, RotationShard
 
 DAYS = 30
+RUNS, SHARDS = 100, 2000
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/00000000-0000-4000-8000-00000000000"
 TIME = {
     "postgresql": "now() - ({n} - i) * interval '{step} second'",
@@ -80,8 +82,45 @@ def fill(n: int) -> list[str]:
     return refs
 
 
+def make_runs() -> RotationRun:
+    """Make a hundred runs of 100,000,000 rows, each in its second sweep; return the last."""
+    now = timezone.now()
+    shards, each = SHARDS, 50_000
+    for _ in range(RUNS):
+        run = RotationRun.objects.create(
+            kind=RotationRun.Kind.REWRAP,
+            started_at=now,
+            updated_at=now,
+            sweep=2,
+            total=shards * each,
+            failed=shards,
+        )
+        RotationShard.objects.bulk_create(
+            [
+                RotationShard(
+                    run=run,
+                    sweep=sweep,
+                    number=number,
+                    database="default",
+                    column="auth.User.password",
+                    after=str(number * each),
+                    upto=str((number + 1) * each),
+                    state="done" if sweep == 1 or number < shards / 2 else "waiting",
+                    looked=each,
+                    failed=1,
+                    bad=[[str(number), "the blob was altered or moved"]],
+                )
+                for sweep in (1, 2)
+                for number in range(shards)
+            ],
+            batch_size=200,
+        )
+    return run
+
+
 def main(n: int) -> None:
     refs = fill(n)
+    run, runs = make_runs(), "/admin/kms_hasher/rotationrun/"
     user = get_user_model().objects.create(
         username="admin", is_staff=True, is_superuser=True, password="!"
     )
@@ -115,7 +154,9 @@ def main(n: int) -> None:
         "event": f"{events}{some.pk}/change/",
         "keys": "/admin/kms_hasher/key/",
         "key": f"/admin/kms_hasher/key/{busiest}/change/",
-        "rotations": "/admin/kms_hasher/rotation/",
+        "runs": runs,
+        "run": f"{runs}{run.pk}/change/",
+        "run, figures for its script": f"{runs}{run.pk}/progress/",
     }
     print(f"{n:,} events on {connection.vendor}")
     for name, url in pages.items():

@@ -155,6 +155,9 @@ class RotationRun(models.Model):
         verbose_name = _("rotation run")
         verbose_name_plural = _("rotation runs")
         ordering = ["-started_at", "-pk"]
+        permissions = [
+            ("control_rotationrun", "Can pause, resume and cancel rotation runs"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.get_kind_display()} {self.started_at:%Y-%m-%d %H:%M}"

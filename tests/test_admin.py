@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
 import re
 import uuid
+from collections.abc import Iterator
+from html import unescape
 from typing import Any
 
 import pytest
+from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.auth.models import Permission, User
 from django.contrib.messages import get_messages
 from django.db import DatabaseError, connection
@@ -18,7 +23,9 @@ from django.utils import timezone
 
 from kms_hasher import encoding, history, signals
 from kms_hasher.admin import events as events_admin
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
+from kms_hasher.admin.base import NONE, ON_PAGE
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun, RotationShard
+from kms_hasher.rotation import runs, shards
 
 pytestmark = pytest.mark.django_db
 
@@ -27,9 +34,12 @@ EVENTS = "/admin/kms_hasher/auditevent/"
 MODELS = (Key, AliasPeriod, RotationRun, AuditEvent)
 
 
+def make_arn(number: int) -> str:
+    return ARN.format(uuid.UUID(int=number, version=4))
+
+
 def make_key(number: int = 0) -> Key:
-    arn = ARN.format(uuid.UUID(int=number, version=4))
-    return history.record_key(arn, timezone.now() - datetime.timedelta(days=1))
+    return history.record_key(make_arn(number), timezone.now() - datetime.timedelta(days=1))
 
 
 def make_event(**changes: Any) -> AuditEvent:
@@ -51,11 +61,17 @@ def make_rotation(key: Key, **changes: Any) -> RotationRun:
     return RotationRun.objects.create(**{**values, **changes})
 
 
+def make_shard(run: RotationRun, number: int = 1, **changes: Any) -> RotationShard:
+    values = {"sweep": run.sweep, "database": "default", "column": "auth.User.password"}
+    return RotationShard.objects.create(run=run, number=number, **{**values, **changes})
+
+
 def populate(number: int) -> None:
     for at in range(number):
         key = make_key(at)
         history.record_alias(f"alias/{at}", key, timezone.now(), moved=True)
-        make_rotation(key, previous_key=make_key(at + 1))
+        run = make_rotation(key, previous_key=make_key(at + 1), sweep=1, total=9)
+        make_shard(run, failed=1, bad=[["1", "bad"]])
         make_event(key_ref=key.ref)
         make_event(key_ref=make_key(0).ref, outcome=signals.DENIED)
 
@@ -147,7 +163,8 @@ def _context(client: Client, url: str) -> dict[str, Any]:
 def test_the_number_of_queries_does_not_grow(admin: Client) -> None:
     def numbers() -> list[int]:
         found = []
-        for url in (*map(list_url, MODELS), page_url(make_key(0))):
+        run = RotationRun.objects.order_by("pk").first()
+        for url in (*map(list_url, MODELS), page_url(make_key(0)), page_url(run)):
             with CaptureQueriesContext(connection) as captured:
                 assert admin.get(url).status_code == 200
             found.append(len(captured))
@@ -261,6 +278,440 @@ def test_a_rotation_without_sign_of_life(
         ) or (f">{shown}<" in html)
         assert "0:01:15" in html
     assert "→" in admin.get(list_url(RotationRun)).content.decode()
+
+
+# --- runs: how far they are ---------------------------------------------------------
+
+
+def live(client: Client, run: RotationRun, since: str = "") -> dict[str, Any]:
+    """Return what the script on the run's page is told."""
+    response = client.get(run_url(run, "progress"), {"since": since} if since else {})
+    assert response.status_code == 200
+    assert "no-store" in response["Cache-Control"]
+    told: dict[str, Any] = response.json()
+    return told
+
+
+def run_url(run: RotationRun, name: str) -> str:
+    return reverse(f"admin:kms_hasher_rotationrun_{name}", args=[run.pk])
+
+
+def texts(client: Client, run: RotationRun, since: str = "") -> dict[str, str]:
+    """Return the figures; those on the page and those for its script are the same."""
+    told: dict[str, str] = live(client, run, since)["texts"]
+    html = client.get(page_url(run), {"since": since} if since else {}).content.decode()
+    on_page = dict(re.findall(r'data-kms="(\w+)">([^<]*)<', html))
+    assert {name: unescape(text) for name, text in on_page.items()} == told
+    return told
+
+
+def test_how_far_the_first_sweep_is(admin: Client) -> None:
+    run = make_rotation(make_key(), sweep=1, total=4000, rewritten=1234, overtaken=5, failed=6)
+    make_shard(run, 1, looked=1000, state="done")
+    make_shard(run, 2, looked=240)
+    told = texts(admin, run)
+    assert told["progress"] == "Sweep 1: 1,240 of 4,000 rows, 1 of 2 shards done"
+    assert told["percent"] == "31\N{NO-BREAK SPACE}%"
+    assert (told["rewritten"], told["overtaken"], told["failed"]) == ("1,234", "5", "6")
+    assert live(admin, run)["share"] == "0.3100"
+    html = admin.get(list_url(RotationRun)).content.decode()
+    assert '<progress max="1" value="0.3100"' in html
+    assert "31\N{NO-BREAK SPACE}%" in html
+
+
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [
+        ({"sweep": 1, "total": 500}, "1.0000"),  # rows were added since they were counted
+        ({"sweep": 1, "total": 0}, "0.5000"),
+        ({"sweep": 3, "total": 10**9}, "0.5000"),  # later sweeps count shards
+        ({"sweep": 3, "state": "finished"}, "1.0000"),
+        ({"sweep": 7, "total": 10**9}, "0.0000"),  # it has no shards yet
+        ({"sweep": 0, "state": "failed"}, "0.0000"),
+    ],
+)
+def test_the_share(values: dict[str, Any], share: str, admin: Client) -> None:
+    run = make_rotation(make_key(), **values)
+    for number, state in enumerate(("done", "waiting")):
+        for sweep in (1, 2, 3):
+            make_shard(run, number, sweep=sweep, state=state, looked=400)
+    assert live(admin, run)["share"] == share
+
+
+def test_the_rate_is_measured_between_two_looks(admin: Client) -> None:
+    now = timezone.now()
+    run = make_rotation(
+        make_key(), sweep=1, total=4000, calls=600, started_at=now - datetime.timedelta(0, 60)
+    )
+    make_shard(run, looked=1000)
+    told = live(admin, run)
+    assert told["texts"]["rate"] == "10 calls/s on average"
+    assert told["texts"]["left"] == NONE
+    same = live(admin, run, told["mark"])["texts"]
+    assert (same["rate"], same["left"]) == (NONE, NONE)
+    later = now + datetime.timedelta(seconds=4)
+    RotationRun.objects.update(calls=1000, updated_at=later, rate=2.5)
+    measured = texts(admin, run, told["mark"])
+    assert measured["rate"] == "100 calls/s"
+    assert measured["left"] == "0:00:30"
+    assert measured["cap"] == "2.5 calls/s"
+    RotationRun.objects.update(state="paused")
+    assert texts(admin, run, told["mark"])["left"] == NONE
+    RotationRun.objects.update(state="finished", finished_at=later)
+    assert texts(admin, run, told["mark"])["rate"] == "16 calls/s on average"
+
+
+@pytest.mark.parametrize(
+    "since",
+    ["x", "nan-1", "1.000000-99999999999999999999", "1-1", "9" * 999, "<b>", "٣.٣٣٣٣٣٣-٣"],
+)
+def test_nonsense_for_a_mark(since: str, admin: Client) -> None:
+    run = make_rotation(make_key(), sweep=1, total=5, calls=5)
+    assert texts(admin, run, since)["rate"] == NONE
+
+
+def test_a_rate_next_to_nothing(admin: Client) -> None:
+    run = make_rotation(make_key(), sweep=1, total=10**18, calls=5)
+    for since in ("0.000000-4", "0.000000-999"):
+        assert texts(admin, run, since)["left"]
+
+
+def test_the_shards_that_matter_come_first(admin: Client) -> None:
+    run = make_rotation(make_key(), sweep=2, total=5)
+    make_shard(run, 1, sweep=1)
+    for number, state in enumerate(("done", "waiting", "failed", "working")):
+        make_shard(run, number, state=state)
+    assert [row[2] for row in live(admin, run)["shards"]] == [
+        "left by its worker",
+        "failed",
+        "waiting",
+        "done",
+    ]
+    for number in range(10, 10 + ON_PAGE):
+        make_shard(run, number, state="done")
+    assert len(live(admin, run)["shards"]) == ON_PAGE
+    assert admin.get(page_url(run)).content.decode().count("auth.User.password") == ON_PAGE
+
+
+@pytest.mark.parametrize(
+    ("after", "upto", "cursor", "state", "shown"),
+    [
+        ("100", "300", "150", "working", "25\N{NO-BREAK SPACE}%"),
+        ("", "200", "100", "working", "50\N{NO-BREAK SPACE}%"),
+        ("100", "200", "900", "failed", "100\N{NO-BREAK SPACE}%"),
+        ("100", "", "150", "working", "up to 150"),
+        ("", "", "", "waiting", NONE),
+        ("", "", '"b6"', "waiting", "up to b6"),
+        ("[1, 2]", "[9, 9]", '[3, "x"]', "waiting", "up to 3, x"),
+        ("", "", "not json", "waiting", "up to not json"),
+        ("", "", "", "done", "100\N{NO-BREAK SPACE}%"),
+    ],
+)
+def test_how_far_a_shard_is(
+    after: str, upto: str, cursor: str, state: str, shown: str, admin: Client
+) -> None:
+    run = make_rotation(make_key(), sweep=1, total=5)
+    make_shard(run, after=after, upto=upto, cursor=cursor, state=state)
+    assert live(admin, run)["shards"][0][1] == shown
+
+
+def test_a_shard_that_somebody_works_on(admin: Client) -> None:
+    run = make_rotation(make_key(), sweep=1, total=5)
+    with shards.owner() as owner:
+        shard = make_shard(run, database="other")
+        RotationShard.objects.filter(pk=shard.pk).update(
+            state="working", owner=owner, updated_at=timezone.now()
+        )
+        row = live(admin, run)["shards"][0]
+    assert row[0] == "auth.User.password (other)"
+    assert row[2:4] == ["being worked on", owner]
+
+
+def test_bad_rows_are_named(admin: Client) -> None:
+    run = make_rotation(make_key(), sweep=2, total=5, failed=3)
+    twice = [["1", "why"], ['"u-2"', "because"], ["1", "why"]]
+    make_shard(run, 1, sweep=1, failed=3, bad=twice, state="done")
+    shard = make_shard(run, 2, failed=1, bad=[["3", "new"]])
+    column = "auth.User.password"
+    # The sweep has not come far, and the one before found more.
+    assert live(admin, run)["bad"] == [[column, "1", "why"], [column, "u-2", "because"]]
+    RotationShard.objects.filter(pk=shard.pk).update(state="done")
+    assert live(admin, run)["bad"] == [[column, "3", "new"]]
+    many = [[str(pk), "many"] for pk in range(ON_PAGE * 2)]
+    RotationShard.objects.filter(pk=shard.pk).update(bad=many, failed=len(many))
+    assert len(live(admin, run)["bad"]) == ON_PAGE
+
+
+def test_the_plan_is_readable(admin: Client) -> None:
+    options = {"batch_size": 1500, "rate": None, "sleep": 0.5, "settle": 5.0, "odd": True}
+    planned = {"options": options, "left": ["", "arn:a"], "material": "", "more": {"a": 1}}
+    run = make_rotation(make_key(), plan=planned)
+    html = unescape(admin.get(page_url(run)).content.decode())
+    for line in (
+        "rows read at a time: 1,500",
+        "seconds between two pages of rows: 0.5",
+        "seconds for a moved alias to spread: 5",
+        "odd: yes",
+        "keys the alias may still lead to: arn:a",
+        'more: {"a": 1}',
+    ):
+        assert f"<div>{line}</div>" in html
+    assert "key material" not in html
+    for other in ([], ["<i>"], "text", 5, None, {"options": 5}):
+        run = make_rotation(make_key(), plan=other if other is not None else {})
+        assert admin.get(page_url(run)).status_code == 200
+
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&{{ 7|add:7 }}"
+
+
+def test_hostile_strings_stay_text(admin: Client) -> None:
+    run = make_rotation(
+        make_key(),
+        sweep=1,
+        total=5,
+        failed=1,
+        owner=HOSTILE,
+        started_by=HOSTILE,
+        alias=HOSTILE,
+        error=HOSTILE,
+        state="failed",
+        plan={"options": {HOSTILE: HOSTILE}, HOSTILE: [HOSTILE]},
+    )
+    bad = [[json.dumps(HOSTILE), HOSTILE], [HOSTILE, HOSTILE]]
+    names = {"column": HOSTILE, "database": HOSTILE, "owner": HOSTILE, "error": HOSTILE}
+    make_shard(run, failed=2, bad=bad, cursor=HOSTILE, **names)
+    response = admin.get(page_url(run))
+    assert response.content.decode().count("&lt;script&gt;alert(1)") > 10
+    for url in (page_url(run), list_url(RotationRun)):
+        html = admin.get(url).content.decode()
+        assert "<script>" not in html
+        assert "<img src=x" not in html
+        assert "14" not in re.findall(r"&amp;(\S+)", html)
+    response = admin.get(run_url(run, "progress"))
+    assert response["Content-Type"] == "application/json"
+    assert response.json()["shards"][0][3] == HOSTILE
+
+
+def test_what_the_script_asks_for_is_cheap(admin: Client) -> None:
+    run = make_rotation(make_key(), previous_key=make_key(1), sweep=2, total=5, failed=9)
+
+    def queries() -> int:
+        with CaptureQueriesContext(connection) as captured:
+            live(admin, run)
+        assert not any("UPDATE" in query["sql"] for query in captured.captured_queries)
+        return len(captured)
+
+    for number in range(3):
+        make_shard(run, number, failed=1, bad=[["1", "bad"]])
+    few = queries()
+    for number in range(3, 100):
+        make_shard(run, number, failed=1, bad=[[str(number), "bad"]])
+    # Session, user, two of permissions; run, sums, whether it is gone on with, shards, bad.
+    assert queries() == few == 10
+
+
+def test_the_script_is_told_of_the_end(admin: Client) -> None:
+    run = make_rotation(make_key())
+    html = admin.get(page_url(run)).content.decode()
+    assert "kms_hasher/rotation.js" in html
+    assert f'data-url="{run_url(run, "progress")}"' in html
+    assert "data-mark=" in html
+    assert "?since=" in html  # without the script
+    for state in runs.State:
+        RotationRun.objects.update(state=state)
+        on = state in ("running", "paused")
+        assert live(admin, run)["on"] is on
+        assert ("data-mark=" in admin.get(page_url(run)).content.decode()) is on
+
+
+# --- runs: steering them ------------------------------------------------------------
+
+WISHES = ("pause", "resume", "cancel")
+
+
+@pytest.fixture
+def controller(admin: Client, staff: User) -> Client:
+    """A client of somebody who may view everything and steer runs."""
+    staff.user_permissions.add(Permission.objects.get(codename="control_rotationrun"))
+    return admin
+
+
+def steer(client: Client, run: RotationRun, wish: str) -> tuple[str, list[str]]:
+    """Return the run's state then and what its page says."""
+    response = client.post(run_url(run, wish), {"sure": "yes"}, follow=True)
+    assert response.redirect_chain == [(page_url(run), 302)]
+    told = [f"{message.level_tag}: {message}" for message in response.context["messages"]]
+    run.refresh_from_db()
+    return run.state, told
+
+
+@contextlib.contextmanager
+def conducted(run: RotationRun) -> Iterator[None]:
+    with shards.owner() as owner:
+        values = {"owner": owner, "updated_at": timezone.now()}
+        RotationRun.objects.filter(pk=run.pk).update(**values)
+        yield
+
+
+def test_pause_resume_and_cancel(controller: Client, staff: User) -> None:
+    run = make_rotation(make_key())
+    with conducted(run):
+        state, [told] = steer(controller, run, "pause")
+        assert (state, told.split(":")[0]) == ("paused", "success")
+        assert "waits to be told" in texts(controller, run)["note"]
+        state, [told] = steer(controller, run, "resume")
+        assert (state, told) == ("running", "success: The run may go on.")
+        assert texts(controller, run)["note"] == ""
+        state, [told] = steer(controller, run, "cancel")
+        assert (state, told.split(":")[0]) == ("cancelled", "success")
+        assert texts(controller, run)["note"] == ""
+    entries = LogEntry.objects.order_by("pk")
+    assert [entry.get_change_message() for entry in entries] == [
+        "Paused the run.",
+        "Resumed the run.",
+        "Cancelled the run.",
+    ]
+    for entry in entries:
+        assert (entry.user, entry.action_flag) == (staff, CHANGE)
+        assert entry.get_edited_object() == run
+    assert "Cancelled the run." in controller.get(run_url(run, "history")).content.decode()
+    assert run_url(run, "history") in controller.get(page_url(run)).content.decode()
+
+
+@pytest.mark.parametrize("wish", WISHES)
+@pytest.mark.parametrize("state", list(runs.State))
+def test_what_the_state_does_not_allow(wish: str, state: str, controller: Client) -> None:
+    run = make_rotation(make_key(), state=state)
+    allowed = {
+        "pause": state == "running",
+        "resume": state == "paused",
+        "cancel": state not in ("finished", "cancelled"),
+    }
+    assert live(controller, run)["allowed"] == [name for name in WISHES if allowed[name]]
+    html = controller.get(page_url(run)).content.decode()
+    for name in WISHES:
+        button = re.search(rf'<button[^>]*data-kms-wish="{name}"[^>]*>', html)
+        assert button and (" hidden" not in button[0]) is allowed[name]
+    then, [told] = steer(controller, run, wish)
+    assert (then != state) is allowed[wish]
+    assert LogEntry.objects.exists() is allowed[wish]
+    if not allowed[wish]:
+        assert told.startswith("error: Not ")
+        assert told.endswith(f"Its state is: {state}.")
+
+
+def test_cancel_asks_first(controller: Client) -> None:
+    commands = {
+        "rewrap": "manage.py rotate_kms_key",
+        "new-key": "manage.py rotate_kms_key",  # not one more new key
+        "to-key": "manage.py rotate_kms_key",
+        "new-material": "manage.py rotate_kms_key --new-material",
+        "wrap": "manage.py wrap_passwords",
+        "unwrap": "manage.py unwrap_passwords",
+    }
+    assert set(commands) == set(RotationRun.Kind)
+    for kind, command in commands.items():
+        run = make_rotation(make_key(), kind=kind)
+        response = controller.post(run_url(run, "cancel"))
+        html = response.content.decode()
+        assert response.status_code == 200
+        assert "Rows stay as they are." in html
+        assert re.search(r"both( keys)? work", html)
+        assert f"<code>{command}</code>" in html
+        assert not re.search(r"<style|\sstyle=|\son\w+=|javascript:|<script>", html)
+        assert f'href="{page_url(run)}"' in html
+        run.refresh_from_db()
+        assert run.state == "running"
+    assert not LogEntry.objects.exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "command"),
+    [
+        ("rewrap", "rotate_kms_key"),
+        ("new-key", "rotate_kms_key --new-key"),
+        ("to-key", f"rotate_kms_key --to {make_arn(0)}"),
+        ("new-material", "rotate_kms_key --new-material"),
+        ("wrap", "wrap_passwords"),
+        ("unwrap", "unwrap_passwords"),
+    ],
+)
+@pytest.mark.parametrize("state", ["running", "paused", "interrupted", "failed"])
+def test_what_goes_on_with_a_run_that_nobody_conducts(
+    state: str, kind: str, command: str, controller: Client
+) -> None:
+    run = make_rotation(make_key(), kind=kind, state=state)
+    told = texts(controller, run)
+    assert told["command"] == f"manage.py {command}"
+    assert told["note"] == "No process conducts it now. This goes on with it:"
+    if state == "paused":
+        then, [message] = steer(controller, run, "resume")
+        assert then == "running"
+        assert message.startswith("warning: The run may go on. No process conducts it now.")
+        assert message.endswith(f"manage.py {command}")
+    make_rotation(make_key(), kind=kind)
+    told = texts(controller, run)
+    assert told["command"] == ""
+    assert "a later run has taken its place" in told["note"]
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_steering_needs_its_own_permission(wish: str, client: Client, staff: User) -> None:
+    run = make_rotation(make_key(), state="paused" if wish == "resume" else "running")
+    url = run_url(run, wish)
+    assert Client().post(url, {"sure": "yes"}).status_code == 302  # to the login
+    assert client.post(url, {"sure": "yes"}).status_code == 403
+    control = Permission.objects.get(codename="control_rotationrun")
+    staff.user_permissions.add(control)
+    assert client.post(url, {"sure": "yes"}).status_code == 403  # may not even see it
+    staff.user_permissions.remove(control)
+    allow(staff, RotationRun)
+    assert client.post(url, {"sure": "yes"}).status_code == 403
+    assert client.post(url).status_code == 403
+    html = client.get(page_url(run)).content.decode()
+    assert "data-kms-wish" not in html
+    assert "formaction" not in html
+    before = run.state
+    run.refresh_from_db()
+    assert run.state == before
+    staff.user_permissions.add(control)
+    assert client.get(url).status_code == 405
+    assert steer(client, run, wish)[0] != before
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_steering_is_safe_from_other_sites(wish: str, controller: Client, staff: User) -> None:
+    run = make_rotation(make_key(), state="paused" if wish == "resume" else "running")
+    strict = Client(enforce_csrf_checks=True)
+    strict.force_login(staff)
+    assert strict.post(run_url(run, wish), {"sure": "yes"}).status_code == 403
+    before = run.state
+    run.refresh_from_db()
+    assert run.state == before
+    html = strict.get(page_url(run)).content.decode()
+    found = re.search(r'name="csrfmiddlewaretoken" value="(\w+)"', html)
+    assert found
+    token = {"csrfmiddlewaretoken": found[1]}
+    if wish == "cancel":
+        html = strict.post(run_url(run, wish), token).content.decode()
+        assert 'name="csrfmiddlewaretoken"' in html
+    assert strict.post(run_url(run, wish), {**token, "sure": "yes"}).status_code == 302
+    run.refresh_from_db()
+    assert run.state != before
+
+
+def test_the_figures_need_the_view_permission(client: Client, staff: User) -> None:
+    run = make_rotation(make_key())
+    url = run_url(run, "progress")
+    assert Client().get(url).status_code == 302
+    assert client.get(url).status_code == 403
+    assert client.get(url.replace(f"/{run.pk}/", "/0/")).status_code == 403
+    allow(staff, RotationRun)
+    assert client.get(url).status_code == 200
+    assert client.post(url).status_code == 405
+    for nothing in ("0", "x", "1_2F2"):
+        assert client.get(url.replace(f"/{run.pk}/", f"/{nothing}/")).status_code == 404
 
 
 # --- events -------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from django.utils.translation import gettext_lazy as _
 from kms_hasher import history
 from kms_hasher.admin.base import NONE, ON_PAGE, ReadOnlyAdmin, may_view, number, short, time
 from kms_hasher.admin.events import events_url, latency, outcome
-from kms_hasher.admin.rotations import state_of
+from kms_hasher.admin.figures import state_of
 from kms_hasher.exceptions import ConfigurationError
 from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 

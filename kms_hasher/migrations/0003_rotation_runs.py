@@ -14,6 +14,9 @@ class Migration(migrations.Migration):
             name="rotationrun",
             options={
                 "ordering": ["-started_at", "-pk"],
+                "permissions": [
+                    ("control_rotationrun", "Can pause, resume and cancel rotation runs")
+                ],
                 "verbose_name": "rotation run",
                 "verbose_name_plural": "rotation runs",
             },
