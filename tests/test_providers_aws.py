@@ -23,7 +23,7 @@ import botocore.exceptions
 import botocore.parsers
 import moto
 import pytest
-from botocore.auth import SigV4Auth
+from botocore.auth import AUTH_TYPE_MAPS, SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from cryptography import x509
@@ -402,6 +402,32 @@ def test_an_endpoint_with_a_path(double, world, monkeypatch):
     assert seen == [f"{double.url}/kms/"]
 
 
+@pytest.mark.parametrize("operation", ["ReEncrypt", "ReEncrypt, async"])
+@pytest.mark.parametrize(("path", "version"), [("/a%20b", ""), ("", "v4a"), ("", "v9")])
+def test_botocore_signs_what_our_signer_does_not(
+    double, world, monkeypatch, tmp_path, caplog, operation, path, version
+):
+    signed, add_auth = [], SigV4Auth.add_auth
+
+    def spy(self, request):
+        signed.append(self._service_name)
+        add_auth(self, request)
+
+    monkeypatch.setattr(SigV4Auth, "add_auth", spy)
+    provider = AWSProvider()
+    CALLS[operation](provider, world)
+    assert signed == []
+    (tmp_path / "config").write_text(f"[default]\nkms =\n    signature_version = {version}\n")
+    monkeypatch.setitem(AUTH_TYPE_MAPS, "v4a", SigV4Auth)
+    if version:
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", f"{double.url}{path}")
+    caplog.set_level(logging.DEBUG)
+    assert CALLS[operation](AWSProvider(), world).key_arn == world.arn
+    assert signed == ["kms"]
+    assert "CanonicalRequest" not in caplog.text
+
+
 def test_states_are_told_apart(double, shared, world):
     double.engine.disable_key(world.arn)
     assert type(failing(shared, world, "Encrypt")) is KeyDisabled
@@ -594,6 +620,7 @@ class TestTLS:
         ("https://kms.example.org:8443/", "kms.example.org:8443"),
         ("http://localhost:80/", "localhost"),
         ("http://[::1]:4566/", "[::1]:4566"),
+        ("http://KMS.example.org/", "kms.example.org"),
     ],
 )
 def test_the_host_is_named_as_it_is_signed(url, host):

@@ -16,6 +16,7 @@ from botocore.awsrequest import AWSPreparedRequest
 from botocore.httpsession import get_cert_path
 
 from kms_hasher.exceptions import KMSBadResponse
+from kms_hasher.providers._sigv4 import host_of
 
 #: Longest answer that is read, in bytes. KMS's are below 20 KiB.
 MAX_ANSWER = 1 << 20
@@ -36,8 +37,7 @@ class Connections:
         parts = urlsplit(url)
         self._host, self._path = parts.hostname or "", parts.path or "/"
         tls = parts.scheme == "https"
-        # As it was signed: botocore leaves the default port out.
-        self._netloc = parts.netloc.rpartition("@")[2].removesuffix(":443" if tls else ":80")
+        self._named = host_of(url)
         self._port = parts.port or (443 if tls else 80)
         self._ssl = _tls(verify) if tls else None
         self._connect_timeout, self._read_timeout = timeouts
@@ -76,7 +76,7 @@ class Connections:
         return connection
 
     def _bytes_of(self, request: AWSPreparedRequest) -> bytes:
-        lines = [f"POST {self._path} HTTP/1.1", f"Host: {self._netloc}"]
+        lines = [f"POST {self._path} HTTP/1.1", f"Host: {self._named}"]
         lines += [f"{name}: {_text(value)}" for name, value in request.headers.items()]
         body: Any = request.body
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + bytes(body)

@@ -1,5 +1,5 @@
 """
-Calls to KMS in AWS's JSON protocol, with botocore's signer and HTTP session.
+Calls to KMS in AWS's JSON protocol, by botocore's HTTP session or on an event loop.
 
 A client of boto3 validates, resolves and parses by AWS's whole model of KMS: that is half of
 the CPU time of a login's call. Endpoint, credentials, proxies and certificates are the ones
@@ -23,8 +23,8 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from botocore.auth import SigV4Auth
-from botocore.awsrequest import AWSPreparedRequest, AWSRequest
+from botocore.auth import AUTH_TYPE_MAPS, SigV4Auth
+from botocore.awsrequest import AWSPreparedRequest, AWSRequest, HeadersDict
 from botocore.httpsession import URLLib3Session
 from botocore.utils import get_environ_proxies
 
@@ -35,6 +35,7 @@ from kms_hasher.exceptions import (
     KMSThrottled,
     KMSTimeout,
 )
+from kms_hasher.providers import _sigv4
 from kms_hasher.providers.aws_async import Connections
 from kms_hasher.providers.aws_errors import Answer, read, translate
 
@@ -65,6 +66,33 @@ def _not_ours(_: logging.LogRecord) -> bool:
 logging.getLogger("botocore.auth").addFilter(_not_ours)
 
 
+class _Botocore:
+    """botocore's signer of a kind, for what `_sigv4` does not do."""
+
+    def __init__(self, kind: Any, url: str, region: str, service: str) -> None:
+        self._kind, self._url, self._region, self._service = kind, url, region, service
+
+    def headers(self, credentials: Any, target: str, body: bytes) -> dict[str, str]:
+        headers = {"Content-Type": _sigv4.TYPE, "X-Amz-Target": target}
+        request = AWSRequest(method="POST", url=self._url, data=body, headers=headers)
+        token = _signing.set(True)
+        try:
+            self._kind(credentials, self._service, self._region).add_auth(request)
+        finally:
+            _signing.reset(token)
+        return dict(request.headers.items())
+
+
+def _signer(client: BaseClient, url: str) -> _sigv4.Signer | _Botocore:
+    """Return what signs requests for the service of `client` to `url`."""
+    config: Any = client.meta.config  # botocore's stubs do not know all of it
+    version, region = config.signature_version, client.meta.region_name
+    service = client.meta.service_model.signing_name
+    if version == "v4" and _sigv4.is_plain(url):
+        return _sigv4.Signer(url, region, service)
+    return _Botocore(AUTH_TYPE_MAPS.get(version, SigV4Auth), url, region, service)
+
+
 class Endpoint:
     """
     KMS in one Region, for one process. Threads share it.
@@ -90,10 +118,8 @@ class Endpoint:
         self.proxies = get_environ_proxies(self.url)
         self._events = client.meta.events
         self._credentials = credentials
-        self._headers = {
-            "Content-Type": "application/x-amz-json-1.1",
-            "User-Agent": user_agent,
-        }
+        self._user_agent = user_agent
+        self._signer = _signer(client, self.url)
         session_class: Any = URLLib3Session  # botocore's stubs are wrong about it
         self._http = session_class(
             verify=self.verify,
@@ -118,19 +144,12 @@ class Endpoint:
             name: b64encode(value).decode() if isinstance(value, bytes) else value
             for name, value in params.items()
         }
-        request = AWSRequest(
-            method="POST",
-            url=self.url,
-            data=json.dumps(encoded).encode(),
-            headers={**self._headers, "X-Amz-Target": f"TrentService.{operation}"},
-        )
-        frozen = self._credentials.get_frozen_credentials()
-        token = _signing.set(True)
-        try:
-            SigV4Auth(frozen, "kms", self.region).add_auth(request)
-        finally:
-            _signing.reset(token)
-        return request.prepare()
+        body, target = json.dumps(encoded).encode(), f"TrentService.{operation}"
+        frozen: Any = self._credentials.get_frozen_credentials()
+        headers = self._signer.headers(frozen, target, body)
+        headers |= {"User-Agent": self._user_agent, "Content-Length": str(len(body))}
+        prepared: Any = HeadersDict(headers)
+        return AWSPreparedRequest("POST", self.url, prepared, body, False)
 
     def answer_of(self, request: AWSPreparedRequest, operation: str) -> Any:
         """Return the answer that a handler of botocore's event gives, None if none does."""
