@@ -36,7 +36,7 @@ DENIED = _("denied")  # policies or credentials
 ERROR = _("error")
 
 #: What calls are for.
-PURPOSES = (_("login"), _("set"), _("rotate"), _("wrap"), _("unwrap"), _("status"))
+PURPOSES = (_("login"), _("set"), _("rotate"), _("wrap"), _("unwrap"), _("status"), _("verify"))
 
 OUTCOMES = (SUCCESS, INVALID, UNAVAILABLE, UNUSABLE, DENIED, ERROR)
 

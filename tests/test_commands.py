@@ -20,7 +20,7 @@ from django.utils import timezone
 
 from kms_hasher import encoding, keyring
 from kms_hasher import exceptions as errors
-from kms_hasher.management.commands import _walk, rotate_kms_key
+from kms_hasher.management.commands import _forecast, _walk
 from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 from kms_hasher.providers.base import Provider
 from kms_hasher.rotation import engine, status, workers
@@ -297,7 +297,7 @@ def test_the_old_key_is_kept_while_a_row_needs_it(kms: Provider, key_arn: str) -
     prefix = encoding.prefix_of("kms_argon2", "d1", encoding.key_ref(key_arn))
     User.objects.filter(pk=users[0].pk).update(password=f"{prefix}cut")
     result = run_json("rotate_kms_key", "--new-key", "--disable-old", status=1)
-    assert "still needed by 1 in auth.User.password" in result["error"]
+    assert "1 rows still need another key" in result["error"]
     assert (result["rewritten"], result["failed"]) == (1, 1)
     assert kms.describe_key(key_arn).state == "Enabled"
 
@@ -335,7 +335,7 @@ def test_nothing_to_give_up(kms: Provider, answer: Callable[[str | None], None])
 
 
 def test_keys_of_rows_are_named_by_id(key_arn: str) -> None:
-    assert rotate_kms_key._key_id(encoding.key_ref(key_arn)) == key_arn.rpartition("/")[2]
+    assert _forecast.key_id(encoding.key_ref(key_arn)) == key_arn.rpartition("/")[2]
 
 
 # --- progress -----------------------------------------------------------------------

@@ -1482,3 +1482,23 @@ def test_the_last_run(kms: Provider) -> None:
     assert "is interrupted. Run it again" in problems()
     row.delete()
     assert status.look().last is None
+
+
+def test_what_has_not_begun_can_be_dropped() -> None:
+    began: list[int] = []
+
+    async def task() -> str:
+        began.append(1)
+        await asyncio.sleep(0.05)
+        return "done"
+
+    with workers.Workers(1) as pool:
+        found = pool.map(iter([[(number, task) for number in range(50)]]))
+        outcomes = next(found)
+        pool.drop()
+        for more in found:
+            outcomes += more
+    dropped = [outcome for outcome in outcomes if outcome.value is workers.DROPPED]
+    assert len(outcomes) == 50
+    assert len(began) + len(dropped) == 50
+    assert len(began) < 10

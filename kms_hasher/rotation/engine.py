@@ -24,7 +24,7 @@ from kms_hasher.exceptions import KMSHasherError, MalformedHash
 from kms_hasher.models import RotationRun, RotationShard
 from kms_hasher.rotation import shards
 from kms_hasher.rotation.database import lag, statement_timeout
-from kms_hasher.rotation.workers import Outcome, Task, Workers
+from kms_hasher.rotation.workers import DROPPED, Outcome, Task, Workers
 
 #: Seconds between two signs of life of a shard.
 EVERY = 0.5
@@ -163,6 +163,7 @@ class Walker:
             self._widths[self._column] = width_of(self._column)
         self._width = self._widths[self._column]
         self._open: deque[Page] = deque()
+        self._named = {name for name, _ in shard.bad}
         self._calls = shard.calls - self._workers.calls
         self.stopped = False
         self._read_live()
@@ -193,6 +194,8 @@ class Walker:
         live = RotationRun.objects.filter(pk=self._run.pk).values_list("state", "rate")
         state, rate = live.get()
         self.stopped = self.stopped or state in RESTING
+        if self.stopped:
+            self._workers.drop()
         self._workers.limit(rate / max(shards.at_work(self._run), 1) if rate else None)
 
     def _rows(self, column: Column) -> QuerySet[Any]:
@@ -275,6 +278,8 @@ class Walker:
         pages: list[Page] = []
         failure: Exception | None = None
         for (page, pk, old), new, _ in outcomes:
+            if new is DROPPED:
+                continue
             if isinstance(new, Exception):
                 if not isinstance(new, KMSHasherError) or not self._job.blames_row(old, new):
                     failure = new
@@ -303,6 +308,10 @@ class Walker:
 
     def _report(self, pk: Any, value: str, reason: str) -> None:
         self._bad[str(self._column), pk] = (hash(value), reason)
+        name = shards.dump(pk)
+        if name in self._named:  # by the worker that had the shard before
+            return
+        self._named.add(name)
         self._shard.failed += 1
         if len(self._shard.bad) < NAMED:
-            self._shard.bad.append([shards.dump(pk), reason])
+            self._shard.bad.append([name, reason])

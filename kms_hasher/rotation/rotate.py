@@ -37,7 +37,7 @@ def rotate(
     moved by somebody else meanwhile. Keys are given up by `keys.give_up` afterwards.
     """
     present, before = _record(plan)
-    left = {key.arn for key in (present, before) if key} | {plan.previous}
+    left = sorted(({key.arn for key in (present, before) if key} | {plan.previous}) - {""})
     with runs.recorded(
         plan.kind,
         alias=plan.alias,
@@ -51,7 +51,7 @@ def rotate(
             target = keys.renew_material(target)
         record.write(
             key=history.record_key(target.key_arn, timezone.now(), target),
-            plan=sweeps.plan_of(options, left=sorted(left), material=target.key_material_id),
+            plan=sweeps.plan_of(options, left=left, material=target.key_material_id),
         )
         if plan.moves_alias:
             keys.move_alias(plan.alias, target, plan.present)

@@ -41,11 +41,18 @@ GATHER = 0.05
 PATIENCE = 1.0
 
 
+#: What comes of a task that was never begun.
+DROPPED = object()
+
+
 class Outcome(NamedTuple):
-    """What came of a task: the string or None, or the error; and what the call reported."""
+    """
+    What came of a task: the string or None, the error, or `DROPPED`; and what the call
+    reported.
+    """
 
     item: Any
-    value: str | Exception | None
+    value: Any
     events: list[signals.Event]
 
 
@@ -78,6 +85,10 @@ class Workers:
     def limit(self, rate: float | None) -> None:
         """Let calls through at most at this rate from now on, None for no limit."""
         self._pace.limit(rate)
+
+    def drop(self) -> None:
+        """Begin none of the tasks that wait: each comes to `DROPPED`."""
+        self._loop.call_soon_threadsafe(self._drop)
 
     def __enter__(self) -> Workers:
         self._thread.start()
@@ -169,6 +180,11 @@ class Workers:
     def _submit(self, page: Sequence[tuple[Any, Task]]) -> None:
         self._waiting.extend(page)
         self._start()
+
+    def _drop(self) -> None:
+        self._gathered += [Outcome(item, DROPPED, []) for item, _ in self._waiting]
+        self._waiting.clear()
+        self._hand_over()
 
     def _go_on(self, errors: int) -> None:
         self._unseen_errors -= errors

@@ -6,8 +6,10 @@ from typing import Any
 from django.core.management.base import CommandParser
 
 from kms_hasher import encoding
-from kms_hasher.exceptions import MalformedHash, RotationRefused
+from kms_hasher.exceptions import RotationRefused
+from kms_hasher.management.commands import _forecast as forecast
 from kms_hasher.management.commands._walk import (
+    NAMED,
     NOT_CONFIRMED,
     WalkCommand,
     duration,
@@ -16,7 +18,7 @@ from kms_hasher.management.commands._walk import (
     seconds,
 )
 from kms_hasher.models import RotationRun
-from kms_hasher.rotation import keys, plan, rotate, runs
+from kms_hasher.rotation import keys, plan, rotate, runs, verify
 from kms_hasher.rotation.engine import Options
 from kms_hasher.rotation.plan import Plan
 from kms_hasher.rotation.rotate import Rotated
@@ -27,7 +29,9 @@ Examples:
   %(prog)s --new-key           a new key behind the alias, everything re-wrapped
   %(prog)s --to alias/next     the same with a key that exists
   %(prog)s                     re-wrap what is under another key than the alias's
-  %(prog)s --disable-old       the same, and disable the key the alias has left
+  %(prog)s --plan              how long it takes, what it costs, whether it is allowed
+  %(prog)s --processes 4       re-wrap by four processes
+  %(prog)s --disable-old       verify, and disable the key the alias has left
 
 No password is needed, no digest leaves KMS, no session ends. It can be stopped at any
 instant and run again. Exit status: 0 done, 1 refused or failed, 3 done but for bad rows.
@@ -38,6 +42,10 @@ STEERING = {
     "resume": "Let it go on.",
     "cancel": "End it for good; its rows stay as they are.",
 }
+NOT_VERIFIED = (
+    "{others} rows still need another key, and {bad} could not be opened; no key was disabled "
+    "or deleted. Run it again; a row that stays bad needs a new password."
+)
 NOT_LIVE = "No process conducts {run} now; `{command}` goes on with it."
 
 DELETION = (
@@ -95,6 +103,23 @@ class Command(WalkCommand):
             help="Afterwards schedule their deletion in 7 to 30 days; refused while any row "
             "needs one.",
         )
+        parser.add_argument(
+            "--plan",
+            action="store_true",
+            help="As --dry-run, and estimate calls, time, money, quota and disk for these "
+            "options, and try by DryRun whether ReEncrypt is allowed. Makes some calls to KMS.",
+        )
+        parser.add_argument(
+            "--verify",
+            nargs="?",
+            type=_sample,
+            const=verify.SAMPLE,
+            default=False,
+            metavar="N|all",
+            help="Afterwards count all rows by key and open N of each column again, or all, "
+            "by Decrypt (default: %(const)s; 0 only counts). --disable-old and "
+            "--schedule-deletion do so in any case, and do nothing if it fails.",
+        )
         for action, text in STEERING.items():
             target.add_argument(
                 f"--{action}", nargs="?", type=int, const=0, metavar="RUN", help=text
@@ -119,8 +144,11 @@ class Command(WalkCommand):
         )
         days = options["schedule_deletion"]
         self._describe(planned)
-        if options["dry_run"]:
+        if options["dry_run"] or options["plan"]:
+            self.result["dry_run"] = True
             self._tell_what_would_be_done(planned, options["disable_old"], days)
+            if options["plan"]:
+                forecast.tell(self, planned, options_of(options))
             return
         if days and options["interactive"]:
             self._confirm(planned, days)
@@ -128,7 +156,11 @@ class Command(WalkCommand):
             rotate.rotate(planned, options_of(options), enlist=enlist_of(options))
         )
         self._summarise(rotated)
-        if options["disable_old"] or days:
+        gives_up = options["disable_old"] or days
+        if gives_up or options["verify"] is not False:
+            sample = verify.SAMPLE if options["verify"] is False else options["verify"]
+            self._verify(rotated, sample, options_of(options))
+        if gives_up:
             self._give_up(planned, rotated, days)
 
     def _steer(self, action: str, run_id: int) -> None:
@@ -194,6 +226,25 @@ class Command(WalkCommand):
         for each in would:
             self.tell(f"Would {each}.")
 
+    def _verify(self, rotated: Rotated, sample: int | None, options: Options) -> None:
+        *_, found = verify.verify(rotated.target, sample=sample, options=options)
+        self.result["verified"] = {
+            "rows": found.under,
+            "others": {forecast.key_id(ref): number for ref, number in found.others.items()},
+            "opened": found.opened,
+            "bad": [str(row) for row in found.bad[:NAMED]],
+        }
+        self.tell(
+            f"Verified: {found.under:,} rows are under {rotated.target.key_arn}, "
+            f"{sum(found.others.values()):,} are not; {found.opened:,} were opened again, "
+            f"{len(found.bad):,} could not be."
+        )
+        for row in found.bad:
+            self.stderr.write(f"Cannot be opened: {row}")
+        if not found.is_complete:
+            others = sum(found.others.values())
+            raise RotationRefused(NOT_VERIFIED.format(others=others, bad=len(found.bad)))
+
     def _confirm(self, planned: Plan, days: int) -> None:
         arns = "\n".join(_old(planned)) or "(none is known yet)"
         if self.ask(DELETION.format(days=days, arns=arns)).strip().lower() not in ("y", "yes"):
@@ -223,7 +274,7 @@ class Command(WalkCommand):
 def _rows(planned: Plan) -> dict[str, dict[str, int]]:
     """Return the rows to be re-wrapped, by column and key id."""
     return {
-        str(column): {_key_id(ref): number for ref, number in rows.items()}
+        str(column): {forecast.key_id(ref): number for ref, number in rows.items()}
         for column, rows in planned.rows_by_column().items()
     }
 
@@ -232,14 +283,15 @@ def _old(planned: Plan) -> list[str]:
     """Return the ids of the keys that will be left behind."""
     target = encoding.key_ref(planned.target.key_id) if planned.target else ""
     refs = (planned.old_refs() | set(planned.rows_by_ref())) - {target}
-    return sorted(_key_id(ref) for ref in refs)
+    return sorted(forecast.key_id(ref) for ref in refs)
 
 
-def _key_id(ref: str) -> str:
-    try:
-        return encoding.key_id(ref)
-    except MalformedHash:
-        return "(not readable)"
+def _sample(text: str) -> int | None:
+    if text == "all":
+        return None
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more rows, or all")
+    return number
 
 
 def _days(text: str) -> int:

@@ -1,0 +1,162 @@
+"""
+A look at what a rotation has left: rows are counted by key, and some or all are opened again.
+
+Each opening is a Decrypt; the digest it gives stays in memory and is dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.views.decorators.debug import sensitive_variables
+
+from kms_hasher import columns, encoding, keyring, signals
+from kms_hasher.calls import in_thread
+from kms_hasher.columns import Column
+from kms_hasher.exceptions import (
+    InvalidCiphertext,
+    InvalidRequest,
+    KeyNotFound,
+    KeyUnusable,
+    KMSBadResponse,
+    MalformedHash,
+)
+from kms_hasher.providers import base
+from kms_hasher.rotation import shards
+from kms_hasher.rotation.engine import BadRow, Options
+from kms_hasher.rotation.workers import Outcome, Task, Workers
+
+#: Rows of each column that are opened where nobody says how many.
+SAMPLE = 1000
+
+#: Rows read at a time.
+PAGE = 500
+
+#: Errors that come of one stored value or its key; others end the verification.
+_OF_A_ROW = (
+    InvalidCiphertext,
+    InvalidRequest,
+    KeyNotFound,
+    KeyUnusable,
+    KMSBadResponse,
+    MalformedHash,
+)
+
+
+@dataclass
+class Verified:
+    """
+    What was found. `under` counts the rows under the target, `others` those under other
+    keys by ref, `opened` those that were opened again; `bad` could not be.
+    """
+
+    under: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+    opened: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every sealed row is under the target, and all that were tried opened."""
+        return not self.others and not self.bad
+
+
+def verify(
+    target: base.Key, *, sample: int | None = SAMPLE, options: Options
+) -> Generator[Verified, None, Verified]:
+    """
+    Count the rows of all columns by key, and open `sample` of each column, None for all.
+
+    Yields what was found so far, and returns it at last. A row whose password is changed
+    meanwhile is looked at once more. Raises `KMSError` where KMS cannot answer or denies.
+    """
+    found = Verified()
+    ref = encoding.key_ref(target.key_id)
+    for column in columns.columns():
+        for group, number in columns.count(column).items():
+            if group.algorithm.startswith(encoding.PREFIX):
+                if group.key_ref == ref:
+                    found.under += number
+                else:
+                    found.others[group.key_ref] += number
+    yield found
+    with Workers(options.concurrency, options.rate) as workers:
+        for column in columns.columns():
+            tasks = ([_task(row) for row in page] for page in _pages(column, sample))
+            for outcomes in workers.map(tasks):
+                _take(column, outcomes, found)
+                yield found
+    return found
+
+
+def _task(row: tuple[Any, str]) -> tuple[tuple[Any, str], Task]:
+    return row, functools.partial(in_thread(_open), row[1])
+
+
+@sensitive_variables()
+def _open(value: str) -> None:
+    keyring.open(encoding.parse(value), purpose="verify")
+
+
+def _take(column: Column, outcomes: list[Outcome], found: Verified) -> None:
+    signals.emit_all([event for outcome in outcomes for event in outcome.events])
+    for (pk, value), error, _ in outcomes:
+        if error is None:
+            found.opened += 1
+            continue
+        if isinstance(error, Exception) and not isinstance(error, _OF_A_ROW):
+            raise error
+        name = column.field.attname
+        if column.rows.filter(pk=pk, **{name: value}).exists():  # and not a fresh password
+            found.bad.append(BadRow(str(column), pk, str(error)))
+
+
+def _pages(column: Column, sample: int | None) -> Iterator[list[tuple[Any, str]]]:
+    name = column.field.attname
+    sealed = column.rows.filter(**{f"{name}__startswith": encoding.PREFIX})
+    rows = sealed.order_by("pk").values_list("pk", name)
+    if sample is None:
+        page = list(rows[:PAGE])
+        while page:
+            yield page
+            page = list(rows.filter(pk__gt=page[-1][0])[:PAGE])
+        return
+    seen: set[Any] = set()
+    page = []
+    for start in _starts(column, sample):
+        at = rows.filter(pk__gt=start) if start is not None else rows
+        for row in at[:1]:
+            if row[0] not in seen:
+                seen.add(row[0])
+                page.append(row)
+        if len(page) == PAGE:
+            yield page
+            page = []
+    if page:
+        yield page
+
+
+def _starts(column: Column, sample: int) -> Iterator[Any]:
+    """
+    Yield keys after which to look for a row.
+
+    Whole numbers are drawn at random between the least and the greatest, so that a row
+    after a gap is likelier. Of other keys every n-th is taken, by one pass over their index.
+    """
+    keys = column.rows.values_list("pk", flat=True)
+    least: Any = keys.order_by("pk").first()
+    most: Any = keys.order_by("-pk").first()
+    if isinstance(least, int):
+        for _ in range(sample):
+            yield random.randint(least - 1, int(most) - 1)  # noqa: S311  # no secret
+        return
+    step = max(column.rows.count() // max(sample, 1), 1)
+    for number, (after, _) in enumerate(shards.bounds(column, step)):
+        if number == sample:
+            return
+        yield shards.load(column, after) if after else None
