@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -109,16 +110,16 @@ class _Reported:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         operation = OPERATIONS[name]
-        method = getattr(self.provider, name)
+        return functools.partial(self._do, operation, getattr(self.provider, name))
 
-        @sensitive_variables()
-        def call(*args: Any, **kwargs: Any) -> Result:
-            with self._reported(operation, *args[:1]) as call:
-                call.result = method(*args, **kwargs)
-            result: Result = call.result
-            return result
-
-        return call
+    @sensitive_variables()
+    def _do(
+        self, operation: str, method: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Result:
+        with self._reported(operation, *args[:1]) as call:
+            call.result = method(*args, **kwargs)
+        result: Result = call.result
+        return result
 
     @contextlib.contextmanager
     def _reported(self, operation: str, requested: object = "") -> Iterator[_Call]:
@@ -203,15 +204,17 @@ class _AsyncReported(_Reported):
         method = getattr(self.provider, f"a{name}", None)
         if method is None:
             method = in_thread(getattr(self.provider, name))
+        return functools.partial(self._ado, operation, method)
 
-        @sensitive_variables()
-        async def call(*args: Any, **kwargs: Any) -> Result:
-            with self._reported(operation, *args[:1]) as call:
-                call.result = await method(*args, **kwargs)
-            result: Result = call.result
-            return result
-
-        return call
+    # A decorator costs much where it is applied, so none is in `__getattr__`.
+    @sensitive_variables()
+    async def _ado(
+        self, operation: str, method: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Result:
+        with self._reported(operation, *args[:1]) as call:
+            call.result = await method(*args, **kwargs)
+        result: Result = call.result
+        return result
 
 
 def in_thread(method: Callable[..., T]) -> Callable[..., Awaitable[T]]:

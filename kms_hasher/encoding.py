@@ -37,7 +37,8 @@ MAX_LENGTH = 1024
 #: Bytes of salt that Argon2 asks for at the least (RFC 9106, section 3.1).
 MIN_SALT = 8
 
-#: Of how many keys the ref, id and parsed ARN are kept: all of a site's, if nobody forges.
+#: Of how many keys the ref, id and parsed ARN are kept, and how many parsed costs: all of a
+#: site's, if nobody forges.
 KEYS = 256
 
 # An alias's target may be a multi-Region key, whose id says so: mrk-<32 hex digits>.
@@ -165,6 +166,7 @@ class Argon2Parameters(NamedTuple):
     version: int = 19
 
     @classmethod
+    @functools.lru_cache(KEYS)
     def parse(cls, text: str) -> Argon2Parameters:
         match = _PARAMETERS.match(text)
         if not match or int(match["memory"]) < 8 * int(match["lanes"]):
@@ -191,7 +193,7 @@ class Header:
     parameters: Argon2Parameters
     salt: bytes = field(repr=False)
 
-    @property
+    @functools.cached_property
     def sub(self) -> str:
         """
         The header's digest: 32 hexadecimal digits of SHA-256.

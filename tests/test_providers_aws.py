@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import botocore.exceptions
+import botocore.handlers
 import botocore.parsers
 import moto
 import pytest
@@ -403,6 +404,26 @@ def test_an_endpoint_with_a_path(double, world, monkeypatch):
 
 
 @pytest.mark.parametrize("operation", ["ReEncrypt", "ReEncrypt, async"])
+def test_what_a_handler_of_the_event_changes_is_sent(double, world, monkeypatch, operation):
+    def change(request, **_):
+        name = request.headers["user-agent"]
+        request.headers["USER-AGENT"] = f"{name} in tests".encode()
+        if not seen:
+            request.headers = dict(request.headers)
+        seen.append(name)
+
+    seen = []
+    handlers = [*botocore.handlers.BUILTIN_HANDLERS, ("before-send.kms", change)]
+    monkeypatch.setattr("botocore.handlers.BUILTIN_HANDLERS", handlers)
+    provider = AWSProvider()
+    for _ in range(2):
+        CALLS[operation](provider, world)
+    sent = [request.user_agent for request in double.requests]
+    assert sent == [f"{name} in tests" for name in seen]
+    assert seen[0].startswith("kms_hasher/")
+
+
+@pytest.mark.parametrize("operation", ["ReEncrypt", "ReEncrypt, async"])
 @pytest.mark.parametrize(("path", "version"), [("/a%20b", ""), ("", "v4a"), ("", "v9")])
 def test_botocore_signs_what_our_signer_does_not(
     double, world, monkeypatch, tmp_path, caplog, operation, path, version
@@ -627,7 +648,7 @@ def test_the_host_is_named_as_it_is_signed(url, host):
     request = AWSRequest(method="POST", url=url, data=b"{}")
     signer = SigV4Auth(Credentials("a", "b"), "kms", REGION)
     assert signer.headers_to_sign(request)["host"] == host
-    head = Connections(url, True, (1, 1))._bytes_of(request.prepare()).split(b"\r\n")
+    head = Connections(url, True, (1, 1))._bytes_of({}, b"{}").split(b"\r\n")
     assert f"Host: {host}".encode() in head
 
 

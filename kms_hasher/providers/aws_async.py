@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from botocore.awsrequest import AWSPreparedRequest
 from botocore.httpsession import get_cert_path
 
 from kms_hasher.exceptions import KMSBadResponse
@@ -35,24 +35,28 @@ class Connections:
 
     def __init__(self, url: str, verify: bool | str, timeouts: tuple[float, float]) -> None:
         parts = urlsplit(url)
-        self._host, self._path = parts.hostname or "", parts.path or "/"
+        self._host = parts.hostname or ""
+        self._head = f"POST {parts.path or '/'} HTTP/1.1\r\nHost: {host_of(url)}\r\n"
         tls = parts.scheme == "https"
-        self._named = host_of(url)
         self._port = parts.port or (443 if tls else 80)
         self._ssl = _tls(verify) if tls else None
         self._connect_timeout, self._read_timeout = timeouts
         self._idle: list[_Connection] = []
 
-    async def send(self, request: AWSPreparedRequest) -> Response:
+    async def send(self, headers: Mapping[str, str | bytes], body: bytes) -> Response:
         """
-        Return the answer. Raises `OSError`, `asyncio.TimeoutError` or `KMSBadResponse`.
+        Return the answer to a POST.
+
+        Raises `OSError`, `asyncio.TimeoutError` or `KMSBadResponse`.
 
         A connection on which anything but a whole answer came is never used again: what
         comes late would be taken for the next call's answer.
         """
         connection = await self._connection()
         try:
-            response = await connection.exchange(self._bytes_of(request), self._read_timeout)
+            response = await connection.exchange(
+                self._bytes_of(headers, body), self._read_timeout
+            )
         except BaseException:
             connection.abort()
             raise
@@ -75,11 +79,9 @@ class Connections:
         _, connection = await asyncio.wait_for(made, self._connect_timeout)
         return connection
 
-    def _bytes_of(self, request: AWSPreparedRequest) -> bytes:
-        lines = [f"POST {self._path} HTTP/1.1", f"Host: {self._named}"]
-        lines += [f"{name}: {_text(value)}" for name, value in request.headers.items()]
-        body: Any = request.body
-        return "\r\n".join([*lines, "", ""]).encode("latin-1") + bytes(body)
+    def _bytes_of(self, headers: Mapping[str, str | bytes], body: bytes) -> bytes:
+        lines = [f"{name}: {_text(value)}\r\n" for name, value in headers.items()]
+        return f"{self._head}{''.join(lines)}\r\n".encode("latin-1") + body
 
 
 def _tls(verify: Any) -> ssl.SSLContext:
@@ -90,8 +92,10 @@ def _text(value: str | bytes) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else value
 
 
-class _Connection(asyncio.Protocol):
+class _Connection(asyncio.BufferedProtocol):
     def __init__(self) -> None:
+        # Without one of our own, asyncio allocates 256 KiB to receive an answer.
+        self._buffer = memoryview(bytearray(1 << 14))
         self._transport: Any = None
         self._waiting: asyncio.Future[Response] | None = None
         self._received = b""
@@ -120,11 +124,14 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         if self._waiting is None:
             self.abort()  # nobody has asked
             return
-        self._received += data
+        self._received += self._buffer[:nbytes]
         self._look(ended=False)
 
     def eof_received(self) -> None:

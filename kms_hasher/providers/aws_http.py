@@ -66,6 +66,36 @@ def _not_ours(_: logging.LogRecord) -> bool:
 logging.getLogger("botocore.auth").addFilter(_not_ours)
 
 
+class Request(AWSPreparedRequest):
+    """
+    A signed request.
+
+    botocore's own mapping of the headers is slow, and made for whoever asks for `headers`:
+    botocore's session and handlers of its event, which may change them there.
+    """
+
+    def __init__(self, url: str, fields: dict[str, str], body: bytes) -> None:
+        self._fields: Mapping[str, str] = fields
+        self.body: bytes
+        self.method, self.url, self.body, self.stream_output = "POST", url, body, False
+        self.context: Mapping[str, Any] = {}
+
+    @property
+    def fields(self) -> Mapping[str, str]:
+        """The headers."""
+        return self._fields
+
+    @property
+    def headers(self) -> Any:
+        if not isinstance(self._fields, HeadersDict):
+            self._fields = HeadersDict(self._fields)
+        return self._fields
+
+    @headers.setter
+    def headers(self, headers: Any) -> None:
+        self._fields = HeadersDict(headers)
+
+
 class _Botocore:
     """botocore's signer of a kind, for what `_sigv4` does not do."""
 
@@ -138,7 +168,7 @@ class Endpoint:
     def close(self) -> None:
         self._http.close()
 
-    def sign(self, operation: str, params: Mapping[str, Any]) -> AWSPreparedRequest:
+    def sign(self, operation: str, params: Mapping[str, Any]) -> Request:
         """Return a request ready to be sent, within minutes. May fetch credentials."""
         encoded = {
             name: b64encode(value).decode() if isinstance(value, bytes) else value
@@ -148,10 +178,9 @@ class Endpoint:
         frozen: Any = self._credentials.get_frozen_credentials()
         headers = self._signer.headers(frozen, target, body)
         headers |= {"User-Agent": self._user_agent, "Content-Length": str(len(body))}
-        prepared: Any = HeadersDict(headers)
-        return AWSPreparedRequest("POST", self.url, prepared, body, False)
+        return Request(self.url, headers, body)
 
-    def answer_of(self, request: AWSPreparedRequest, operation: str) -> Any:
+    def answer_of(self, request: Request, operation: str) -> Any:
         """Return the answer that a handler of botocore's event gives, None if none does."""
         answers = self._events.emit(f"before-send.kms.{operation}", request=request)
         return next((answer for _, answer in answers if answer is not None), None)
@@ -188,7 +217,7 @@ class Endpoint:
             failure = None
             try:
                 response = self.answer_of(request, operation)
-                response = response or await connections.send(request)
+                response = response or await connections.send(request.fields, request.body)
                 answer = self._read(response, operation, key, request_ids)
             except Exception as error:  # noqa: BLE001
                 failure = translate(
