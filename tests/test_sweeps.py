@@ -443,7 +443,7 @@ def test_one_shard_at_a_time(kms: Provider) -> None:
 
 
 def monkeypatched_engine(send: Any) -> Any:
-    return mock.patch.object(distribute, "import_string", lambda path: send)
+    return mock.patch.object(distribute, "import_string", lambda path: lambda: send)
 
 
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

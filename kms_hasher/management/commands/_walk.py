@@ -252,6 +252,8 @@ def duration(seconds: float) -> str:
 def options_of(options: dict[str, Any]) -> Options:
     """Return the engine's options from the command's."""
     names = (each.name for each in dataclasses.fields(Options))
+    if options["distribute"]:
+        options = {**options, "processes": distribute.WORKERS}
     return Options(**{name: options[name] for name in names if name in options})
 
 
