@@ -1,9 +1,8 @@
 """
 The rotation killed at random moments, and beside a busy site: nothing is lost.
 
-Each test runs processes of its own (tests/projects/live.py) on a new database of the kind
-that DATABASE_URL names; on SQLite that is a file. KMS_HASHER_FULL=1 makes them as large as
-the requirements: 50 kills, 10,000 users.
+Each test runs processes of its own (tests/live_site.py). KMS_HASHER_FULL=1 makes them as
+large as the requirements: 50 kills, 10,000 users.
 """
 
 from __future__ import annotations
@@ -12,16 +11,14 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import connection
+
+from tests.live_site import Site, finish, open_site, workers_at
 
 pytestmark = pytest.mark.slow
 
@@ -33,61 +30,12 @@ USERS = 10_000 if FULL else 500
 KILLED_USERS = 200
 RATE = 400
 
-ROOT = Path(__file__).resolve().parent.parent
-
-Site = Callable[..., "subprocess.Popen[str]"]
-
 
 @pytest.fixture
 def site(tmp_path: Path, django_db_blocker: Any) -> Iterator[Site]:
-    """Start a process of a site with a new database: `site("setup", "10")`."""
-    named = ("ENGINE", "USER", "PASSWORD", "HOST", "PORT", "OPTIONS")
-    database = {name: connection.settings_dict[name] for name in named}
-    if connection.vendor == "sqlite":
-        database["NAME"] = str(tmp_path / "site.sqlite3")
-    else:
-        database["NAME"] = f"kms_hasher_{uuid.uuid4().hex}"
-        with django_db_blocker.unblock():
-            execute(f"CREATE DATABASE {database['NAME']}")
-    env = {
-        **os.environ,
-        "DJANGO_SETTINGS_MODULE": "tests.projects.kill_settings",
-        "KMS_HASHER_LIVE_DATABASE": json.dumps(database),
-        "KMS_HASHER_LIVE_KEYS": str(tmp_path / "keys.json"),
-    }
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.projects.live", *arguments],
-            cwd=ROOT,
-            env=env,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-    if connection.vendor != "sqlite":
-        with django_db_blocker.unblock():
-            execute(f"DROP DATABASE {database['NAME']}")
-
-
-def execute(statement: str) -> None:
-    with connection._nodb_cursor() as cursor:
-        cursor.execute(statement)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    """Wait for the process; return the last line it wrote."""
-    out, err = process.communicate(timeout=900)
-    assert process.returncode == 0, err
-    return out.rstrip().rpartition("\n")[2]
+    """A site with a new database: `site("setup", "10")` starts a process of it."""
+    with open_site(tmp_path, django_db_blocker) as site:
+        yield site
 
 
 def test_killed_at_any_moment_every_password_still_verifies(site: Site) -> None:
@@ -145,8 +93,3 @@ def test_processes_share_the_work_and_one_may_be_killed(site: Site) -> None:
     found = json.loads(finish(site("verify")))
     assert found["keys"] == {found["present"]: 1500}
     assert found["states"] == ["finished"]
-
-
-def workers_at(line: str) -> list[int]:
-    """Return the ids of the processes that have a shard."""
-    return [int(owner.split(":")[1]) for owner in json.loads(line)]

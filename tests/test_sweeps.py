@@ -443,7 +443,7 @@ def test_one_shard_at_a_time(kms: Provider) -> None:
 
 
 def monkeypatched_engine(send: Any) -> Any:
-    return mock.patch.object(distribute, "import_string", lambda path: send)
+    return mock.patch.object(distribute, "import_string", lambda path: lambda: send)
 
 
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -462,10 +462,14 @@ def test_messages_that_are_lost_are_sent_again(
         for _ in range(3):
             next(steps)
         assert len(sent) == 1
+        steps.close()
         monkeypatch.setattr(distribute, "RESEND", -1.0)
+        steps = rotate.rotate(plan.make(new_key=True), OPTIONS, enlist=distribute.to("celery"))
         next(steps)
         assert len(sent) == 2
-        monkeypatch.undo()
+        next(steps)
+        assert len(sent) == 3
+        steps.close()
 
 
 def test_a_shard_whose_worker_is_gone_is_sent_again(

@@ -9,6 +9,7 @@ left to do is told by the rows alone, so that any process can go on with it.
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,7 +19,12 @@ from typing import Any, TypeAlias
 from django.db.models import Sum
 
 from kms_hasher import columns
-from kms_hasher.exceptions import RotationRefused, WorkerFailed
+from kms_hasher.exceptions import (
+    ConfigurationError,
+    KMSHasherError,
+    RotationRefused,
+    WorkerFailed,
+)
 from kms_hasher.models import RotationRun, RotationShard
 from kms_hasher.rotation import jobs, runs, shards
 from kms_hasher.rotation.engine import RESTING, BadRow, Job, Options, Walker
@@ -38,6 +44,12 @@ UNSTABLE = (
     "changed meanwhile, or the database does not find it by the value it gave. Every "
     "password is as good as it was."
 )
+
+GREEN = (
+    "Workers under gevent or eventlet cannot rotate: an event loop needs a thread of its own. "
+    "Use processes or threads (for Celery `--pool=prefork` or `--pool=threads`)."
+)
+FAILED_AT = "{error} (at {owner})"
 
 #: Has the shards of the present sweep worked on; yields now and then, and ends when nobody
 #: has anything left to do, or the run rests.
@@ -99,25 +111,50 @@ def here(run: RotationRun, job: Job, options: Options) -> Iterator[Hands]:
         yield work
 
 
-def work_on(shard_id: int) -> bool:
+def work_on(shard_id: int, seconds: float = float("inf")) -> bool:
     """
     Work on one shard in this process, until it is done; return whether it was ours to do.
 
     For workers of a queue. A shard that is done, somebody else's, or of a run that rests is
-    left alone. Raises what `Walker.walk` does, once it is recorded.
+    left alone. After so many seconds no more rows are read: the shard is given back, and
+    waits. Raises what `Walker.walk` does and `ConfigurationError`, once it is recorded.
     """
+    until = time.monotonic() + seconds
     shard = RotationShard.objects.select_related("run__key").filter(pk=shard_id).first()
     if shard is None or shard.run.state != RotationRun.State.RUNNING:
         return False
-    run, options = shard.run, Options(**shard.run.plan["options"])
+    run = shard.run
     with shards.owner() as owner:
         claimed = shards.claim(run, owner, only=shard_id)
         if claimed is None:
             return False
-        with Workers(options.concurrency) as workers:
-            for _ in Walker(run, jobs.of(run), options, workers).walk(claimed):
-                pass
+        try:
+            _check_threads()
+            options = Options(**run.plan["options"])
+            with Workers(options.concurrency) as workers:
+                walker = Walker(run, jobs.of(run), options, workers)
+                for _ in walker.walk(claimed):
+                    if time.monotonic() >= until:
+                        walker.stopped = True
+        except Exception as error:
+            # Whatever the walker has not recorded: the settings of this process, say.
+            shards.keep(claimed, state=State.FAILED, error=told(error))
+            raise
     return True
+
+
+def told(error: Exception) -> str:
+    """Return what may be told of an error: one that is not ours may quote a row."""
+    return str(error) if isinstance(error, KMSHasherError) else type(error).__name__
+
+
+def _check_threads() -> None:
+    """Raise `ConfigurationError` if greenlets stand in for threads."""
+    gevent, eventlet = (sys.modules.get(n) for n in ("gevent.monkey", "eventlet.patcher"))
+    if (gevent and gevent.is_module_patched("threading")) or (
+        eventlet and eventlet.is_monkey_patched("thread")
+    ):
+        raise ConfigurationError(GREEN)
 
 
 def conduct(
@@ -166,7 +203,7 @@ def _work(record: Record, hands: Hands, view: View) -> Iterator[Progress]:
         yield view.progress()
     record.write()
     for shard in run.shards.filter(sweep=run.sweep, state=State.FAILED):
-        raise WorkerFailed(shard.error)
+        raise WorkerFailed(FAILED_AT.format(error=shard.error, owner=shard.owner))
     while run.state == RotationRun.State.PAUSED:
         yield view.progress(paused=True)
         time.sleep(LOOK)

@@ -6,17 +6,19 @@ It needs Django 6.0 or later, and a backend in `TASKS` whose workers run it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from django.tasks import task
 
-from kms_hasher.rotation import sweeps
+from kms_hasher.rotation import distribute
 
 
 @task
 def work_on(shard_id: int) -> None:
     """Work on one shard of a run. What goes wrong stands in its row."""
-    sweeps.work_on(shard_id)
+    distribute.work_on(shard_id)
 
 
-def send(shard_id: int) -> None:
-    """Put a shard on the queue."""
-    work_on.enqueue(shard_id)
+def sender() -> Callable[[int], object]:
+    """Return what puts a shard on the queue."""
+    return lambda shard_id: work_on.enqueue(shard_id)

@@ -9,6 +9,7 @@ import json
 import os
 
 from tests.settings import *  # noqa: F403
+from tests.settings import INSTALLED_APPS as _INSTALLED_APPS
 from tests.settings import KMS_HASHER as _KMS_HASHER
 
 DATABASES = {"default": json.loads(os.environ["KMS_HASHER_LIVE_DATABASE"])}
@@ -21,7 +22,16 @@ if DATABASES["default"]["ENGINE"].endswith("sqlite3"):
 
 KMS_HASHER = {
     **_KMS_HASHER,
+    "PROVIDER": "tests.projects.live_kms.Provider",
     "OPTIONS": {"path": os.environ["KMS_HASHER_LIVE_KEYS"], "allow_without_debug": True},
     "AUDIT": "durable",
 }
-LOGGING = {"version": 1, "loggers": {"kms_hasher": {"level": "CRITICAL"}}}
+if _backend := os.environ.get("KMS_HASHER_LIVE_TASKS"):
+    TASKS = {"default": {"BACKEND": _backend}}
+    if _backend.startswith("django_tasks_db"):
+        INSTALLED_APPS = [*_INSTALLED_APPS, "django_tasks_db"]
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "loggers": {"kms_hasher": {"level": "CRITICAL"}},
+}

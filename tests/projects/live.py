@@ -1,15 +1,21 @@
 """
-A site on a database of its own, for tests/test_kill.py: `python -m tests.projects.live`.
+A site on a database of its own, for tests/live_site.py: `python -m tests.projects.live`.
 
     setup N     make key, alias and N users, each with a password of its own
     rotate ...  `rotate_kms_key ...`, after a line "ready"
     verify      check every password, and write the number of users by key
     shards      write the owners of the shards that are worked on
-    busy        rotate to a new key while users sign in and change their passwords
+    busy ...    `rotate_kms_key --new-key ...` while users sign in and change their passwords
+    answer      do `verify`, `shards` or `calls` each time a line on standard input asks for it
+    worker ...  `db_worker ...`, of django-tasks-db
+
+Where KMS_HASHER_LIVE_BROKER names one, the site has a Celery app: tests/projects/queue.py.
+KMS_HASHER_LIVE_SHARD makes shards as small, and all waiting for the dead short.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -32,13 +38,24 @@ from django.contrib.auth.models import User  # noqa: E402
 from django.contrib.auth.tokens import default_token_generator  # noqa: E402
 from django.core.management import call_command  # noqa: E402
 from django.db import connections  # noqa: E402
+from django.db.models import Sum  # noqa: E402
 from django.test import Client, override_settings  # noqa: E402
 
 from kms_hasher import encoding, keyring  # noqa: E402
-from kms_hasher.models import RotationRun, RotationShard  # noqa: E402
+from kms_hasher.models import AuditEvent, RotationRun, RotationShard  # noqa: E402
+from kms_hasher.rotation import distribute, workers  # noqa: E402
+from kms_hasher.rotation import shards as rotation_shards  # noqa: E402
 
 #: How many sessions and reset links are kept over a rotation.
 KEPT = 30
+
+if rows := os.environ.get("KMS_HASHER_LIVE_SHARD"):
+    rotation_shards.SMALLEST = rotation_shards.LARGEST = int(rows)
+    rotation_shards.LEASE = datetime.timedelta(seconds=2)
+    distribute.RESEND = 2.0
+    workers.FIRST_PAUSE = workers.LONGEST_PAUSE = 0.01
+if os.environ.get("KMS_HASHER_LIVE_BROKER"):
+    from tests.projects import queue  # noqa: F401
 
 
 def quiet() -> override_settings:
@@ -70,7 +87,24 @@ def verify() -> None:
             keys[encoding.parse(user.password).key_ref] += 1
         present = encoding.key_ref(keyring.provider().describe_key("alias/tests").key_id)
     states = list(RotationRun.objects.values_list("state", flat=True))
-    print(json.dumps({"keys": keys, "present": present, "states": states}), flush=True)
+    result = {"keys": keys, "present": present, "states": states, **last_run()}
+    print(json.dumps(result), flush=True)
+
+
+def last_run() -> dict[str, Any]:
+    """What the last run says of itself, and the times of the calls made for it."""
+    run = RotationRun.objects.first()
+    if run is None:
+        return {}
+    made = AuditEvent.objects.filter(operation="ReEncrypt", time__gte=run.started_at)
+    times = made.order_by("time").values_list("time", flat=True)
+    owners = set(run.shards.filter(calls__gt=0).values_list("owner", flat=True))
+    return {
+        "calls": run.calls,
+        "rewritten": run.rewritten,
+        "events": [time.timestamp() for time in times],
+        "owners": sorted({owner.rpartition(":")[0] for owner in owners}),
+    }
 
 
 def shards() -> None:
@@ -79,7 +113,7 @@ def shards() -> None:
     print(json.dumps(list(working.values_list("owner", flat=True))), flush=True)
 
 
-def busy() -> None:
+def busy(*arguments: str) -> None:
     """Three thirds of the users: some sign in, some are saved, some change their password."""
     pks = list(User.objects.order_by("pk").values_list("pk", flat=True))
     signing_in, saved, changing = pks[0::3], pks[1::3], pks[2::3]
@@ -132,7 +166,7 @@ def busy() -> None:
     for thread in threads:
         thread.start()
     try:
-        call_command("rotate_kms_key", "--new-key", "--concurrency=4", "--settle=1")
+        call_command("rotate_kms_key", "--new-key", "--concurrency=4", "--settle=1", *arguments)
     finally:
         stop.set()
         for thread in threads:
@@ -155,7 +189,26 @@ def busy() -> None:
     print(json.dumps(result), flush=True)
 
 
+def calls() -> None:
+    print(
+        RotationShard.objects.filter(run=RotationRun.objects.first()).aggregate(n=Sum("calls"))[
+            "n"
+        ],
+        flush=True,
+    )
+
+
+def answer() -> None:
+    for line in sys.stdin:
+        {"verify": verify, "shards": shards, "calls": calls}[line.strip()]()
+
+
+def worker(*arguments: str) -> None:
+    call_command("db_worker", "--no-startup-delay", "--interval=0.1", *arguments)
+
+
 if __name__ == "__main__":
-    {"setup": setup, "rotate": rotate, "verify": verify, "busy": busy, "shards": shards}[
-        sys.argv[1]
-    ](*sys.argv[2:])
+    actions: dict[str, Callable[..., None]] = {
+        each.__name__: each for each in (setup, rotate, verify, busy, shards, answer, worker)
+    }
+    actions[sys.argv[1]](*sys.argv[2:])

@@ -279,6 +279,8 @@ def duration(seconds: float) -> str:
 def options_of(options: dict[str, Any]) -> Options:
     """Return the engine's options from the command's."""
     names = (each.name for each in dataclasses.fields(Options))
+    if options["distribute"]:
+        options = {**options, "processes": distribute.WORKERS}
     given = {name: options[name] for name in names if name in options}
     given["replicas"] = dict(options.get("replicas", ()))
     if given.get("max_lag") is not None and not given["replicas"]:
