@@ -84,9 +84,11 @@ def test_create_sign_in_rotate_sign_in() -> None:
     AuditEvent.objects.all()._raw_delete("default")
     call_command("rotate_kms_key", new_key=True, disable_old=True, settle=0, concurrency=1)
 
-    calls = Counter(AuditEvent.objects.values_list("operation", "outcome"))
-    assert calls["ReEncrypt", "success"] == 3
-    assert calls["Decrypt", "success"] == calls["Encrypt", "success"] == 0
+    calls = Counter(AuditEvent.objects.values_list("operation", "outcome", "purpose"))
+    assert calls["ReEncrypt", "success", "rotate"] == 3
+    assert calls["Decrypt", "success", "rotate"] == calls["Encrypt", "success", "rotate"] == 0
+    # Before a key is disabled, rows are opened again.
+    assert calls["Decrypt", "success", "verify"] == 3
     after = dict(User.objects.values_list("username", "password"))
     old, new = AliasPeriod.objects.order_by("pk")
     assert {encoding.parse(text).key_ref for text in before.values()} == {old.key.ref}

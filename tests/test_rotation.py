@@ -59,6 +59,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(workers, "BATCH", 1)  # each row is written before the next call
     monkeypatch.setattr(keys, "MATERIAL_LOOK", 0.001)
+    monkeypatch.setattr(sweeps, "PAUSE", 0.0)
 
 
 def make_users(number: int, prefix: str = "user") -> list[User]:

@@ -582,3 +582,46 @@ def test_progress_of_a_run_gone_on_with() -> None:
     assert progress.seconds_left == 20
     assert Progress(sweep=2, calls=60, seconds=10).seconds_left is None
     assert Progress(sweep=1).seconds_left is None
+
+
+def test_a_run_killed_before_it_had_its_key_is_the_same_run(
+    kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_users(3)
+
+    def killed(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(rotate.keys, "make_like", killed)
+        with pytest.raises(KeyboardInterrupt):
+            list(start(new_key=True))
+    assert RotationRun.objects.get().key is None
+    list(start(new_key=True))
+    run = RotationRun.objects.get()
+    assert (run.state, run.rewritten) == ("finished", 3)
+    assert run.key and all_under(run.key.arn)
+
+
+def test_a_row_that_stays_locked_is_waited_for(
+    kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_users(1)
+    waited: list[float] = []
+    real, swap_all = sweeps._wait, Column.swap_all
+    tries = 0
+
+    def wait(record: Any, view: Any, seconds: float) -> Any:
+        waited.append(seconds)
+        return real(record, view, 0)
+
+    def locked(self: Column, changes: Any) -> set[Any]:
+        nonlocal tries
+        tries += 1
+        return swap_all(self, changes) if tries > 4 else set()
+
+    monkeypatch.setattr(sweeps, "_wait", wait)
+    monkeypatch.setattr(Column, "swap_all", locked)
+    *_, last = start(new_key=True)
+    assert last.rewritten == 1
+    assert waited == [0.5, 1.0, 0]  # and for the alias

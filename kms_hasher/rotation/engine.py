@@ -215,7 +215,7 @@ class Walker:
             time.sleep(self._options.sleep)
         replica = self._options.replicas.get(self._column.database)
         if replica and self._options.max_lag is not None:
-            while not self.stopped and lag(replica) > self._options.max_lag:
+            while not self.stopped and (lag(replica) or 0.0) > self._options.max_lag:
                 time.sleep(EVERY)
                 self._beat()
 

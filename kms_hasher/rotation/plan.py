@@ -116,7 +116,7 @@ def make(*, new_key: bool = False, to: str = "", new_material: bool = False) -> 
         _check(target, present)
     previous = history.previous_key(settings.alias) if settings.alias else None
     begun = runs.unfinished(kind, settings.alias)
-    if begun and (not target or not begun.key or begun.key.arn != target.key_arn):
+    if begun and begun.key and (not target or begun.key.arn != target.key_arn):
         begun = None
     return Plan(
         kind=kind,

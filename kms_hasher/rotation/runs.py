@@ -156,16 +156,15 @@ def recorded(
 
 def unfinished(kind: RotationRun.Kind, alias: str) -> RotationRun | None:
     """
-    Return the last run of its sort behind this alias, if it was of this kind, had its key
-    ready, and did not come to its end: running it again goes on with that key.
+    Return the last run of its sort behind this alias, if it was of this kind and did not come
+    to its end: running it again goes on with it, and with its key if it had one ready.
     """
     kinds = OVER_KEYS if kind in OVER_KEYS else (kind,)
     runs = RotationRun.objects.filter(alias=alias, kind__in=kinds)
     last: RotationRun | None = (
         runs.select_related("key", "previous_key").order_by("-started_at", "-pk").first()
     )
-    ready = last and (last.key or kind == RotationRun.Kind.UNWRAP)
-    return last if last and ready and last.kind == kind and last.state not in ENDED else None
+    return last if last and last.kind == kind and last.state not in ENDED else None
 
 
 def is_live(run: RotationRun) -> bool:

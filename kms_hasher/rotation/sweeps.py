@@ -9,6 +9,7 @@ left to do is told by the rows alone, so that any process can go on with it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,8 +37,10 @@ State = RotationShard.State
 #: Seconds between two looks at what others do.
 LOOK = 0.2
 
-#: So many sweeps in a row may find rows to rewrite and rewrite none.
+#: So many sweeps in a row may find rows to rewrite and rewrite none. Seconds to wait after the
+#: first of them, for who has a row locked; they double, up to the longest.
 FRUITLESS = 10
+PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 UNSTABLE = (
     "{number} sweeps in a row rewrote nothing, although there are rows to rewrite: each was "
@@ -182,7 +185,10 @@ def conduct(
             if _unfinished(run):
                 yield from _work(record, hands, view)
                 continue
-            found = run.sweep == 0 or _changed(run)
+            found, fruitless = _found(run)
+            if fruitless:
+                pause = min(PAUSE * 2 ** (fruitless - 1), LONGEST_PAUSE)
+                yield from _wait(record, view, pause)
             if not found or (run.sweep and not job.until_clean):
                 if not settle:
                     break
@@ -232,17 +238,20 @@ def _unfinished(run: RotationRun) -> bool:
     return run.shards.filter(sweep=run.sweep).exclude(state=State.DONE).exists()
 
 
-def _changed(run: RotationRun) -> bool:
+def _found(run: RotationRun) -> tuple[bool, int]:
     """
-    Return whether the last sweep changed a row or found one changed.
+    Return whether the last sweep found rows to rewrite, if there was one, and how many in a
+    row found some and rewrote none.
 
-    Raises `RotationRefused` if it and those before it found rows and changed none.
+    Raises `RotationRefused` if these are `FRUITLESS`.
     """
-    found = run.shards.filter(sweep__gt=run.sweep - FRUITLESS).values("sweep").order_by("sweep")
-    sweeps = list(found.annotate(all=Sum("rewritten") + Sum("overtaken"), new=Sum("rewritten")))
-    if len(sweeps) == FRUITLESS and all(each["all"] and not each["new"] for each in sweeps):
+    last = run.shards.filter(sweep__gt=run.sweep - FRUITLESS).values("sweep").order_by("-sweep")
+    sweeps = last.annotate(new=Sum("rewritten"), late=Sum("overtaken"))
+    found = [(each["new"], each["late"]) for each in sweeps]
+    fruitless = len(list(itertools.takewhile(lambda each: each[1] and not each[0], found)))
+    if fruitless == FRUITLESS:
         raise RotationRefused(UNSTABLE.format(number=FRUITLESS))
-    return bool(sweeps and sweeps[-1]["all"])
+    return not found or any(found[0]), fruitless
 
 
 class View:
