@@ -5,6 +5,7 @@ test_distribute.py, here in this process: what they do when something goes wrong
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,19 +17,24 @@ import pytest
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
 from django.db import DatabaseError
+from django.utils import timezone
 
-from kms_hasher import exceptions
+from kms_hasher import columns, exceptions
 from kms_hasher.models import RotationRun, RotationShard
 from kms_hasher.providers.base import Provider
 from kms_hasher.rotation import (
     distribute,
     engine,
+    jobs,
+    permissions,
     plan,
     processes,
     rotate,
     runs,
+    seal,
     shards,
     sweeps,
+    verify,
     workers,
 )
 from kms_hasher.rotation.engine import Options
@@ -353,3 +359,102 @@ def test_a_run_by_djangos_tasks(kms: Provider, settings: Any) -> None:
 def test_no_tasks_framework(kms: Provider) -> None:
     with pytest.raises(exceptions.ConfigurationError, match=r"Django 6\.0"):
         distribute.to("tasks")
+
+
+# --- what is seldom -----------------------------------------------------------------
+
+
+def walker(kms: Provider, run: RotationRun, pool: workers.Workers) -> engine.Walker:
+    return engine.Walker(run, engine_job(kms), Options(concurrency=1, settle=0), pool)
+
+
+def engine_job(kms: Provider) -> Any:
+    return jobs.Rewrap(kms.create_key())
+
+
+def test_bad_rows_are_counted_once_and_not_all_named(
+    kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_users(3)
+    User.objects.update(password="kms_argon2$nonsense")
+    monkeypatch.setattr(engine, "NAMED", 2)
+    now = timezone.now()
+    run = RotationRun.objects.create(kind="rewrap", started_at=now, updated_at=now)
+    shards.open_sweep(run, columns.columns(), 4)
+    with workers.Workers(1) as pool, shards.owner() as owner:
+        claimed = shards.claim(run, owner)
+        assert claimed
+        list(walker(kms, run, pool).walk(claimed))
+        assert (claimed.failed, len(claimed.bad)) == (3, 2)
+        # Taken up by the next, before the cursor of the first.
+        RotationShard.objects.update(state="waiting", cursor="")
+        again = shards.claim(run, owner)
+        assert again
+        list(walker(kms, run, pool).walk(again))
+        assert again.failed == 4  # the one that was not named
+
+
+def test_what_was_dropped_is_left_for_the_next(
+    kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_users(4)
+    options = Options(concurrency=1, settle=0, rate=5)
+    steps = rotate.rotate(plan.make(new_key=True), options)
+    next(steps)
+    RotationRun.objects.update(state="paused")
+    while not (progress := next(steps)).paused:
+        pass
+    assert progress.rewritten < 4
+    RotationRun.objects.update(state="running", rate=None)
+    *_, last = steps
+    assert last.rewritten == 4
+
+
+def test_a_wait_for_kms_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "PATIENCE", 0.01)
+
+    async def task() -> str:
+        await asyncio.sleep(0.2)
+        return "done"
+
+    with workers.Workers(1) as pool:
+        found = list(pool.map(iter([[(1, task)]])))
+    assert found[0] == []
+    assert [outcome.value for outcome in found[-1]] == ["done"]
+
+
+def test_two_columns_under_one_key_are_tried_once(kms: Provider, settings: Any) -> None:
+    make_users(2)
+    planned = plan.make(new_key=True)
+    (column,) = planned.rows_by_column()
+    twice = SimpleNamespace(
+        target=planned.target,
+        present=planned.present,
+        rows_by_column=lambda: {column: planned.rows_by_ref(), "b": planned.rows_by_ref()},
+    )
+    assert list(permissions.try_re_encrypt(twice).values()) == ["allowed"]  # type: ignore[arg-type]
+
+
+def test_sealing_for_another_key_is_another_run(kms: Provider) -> None:
+    now = timezone.now()
+    RotationRun.objects.create(
+        kind="wrap", alias="alias/tests", state="failed", started_at=now, updated_at=now
+    )
+    for _ in seal.wrap(Options(concurrency=1, settle=0)):
+        pass
+    assert RotationRun.objects.filter(kind="wrap").count() == 2
+
+
+def test_what_is_not_sealed_is_no_matter_of_a_verification(kms: Provider) -> None:
+    User.objects.create(username="x", password="pbkdf2_sha256$1$a$b")
+    *_, found = verify.verify(kms.describe_key("alias/tests"), options=OPTIONS)
+    assert found == verify.Verified()
+
+
+def test_a_sample_of_a_table_that_has_fewer_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "load", lambda column, text: text)
+    monkeypatch.setattr(shards, "bounds", lambda column, step: iter([("", "a"), ("a", "")]))
+    rows = SimpleNamespace(count=lambda: 2, first=lambda: "k")
+    rows.values_list = rows.order_by = lambda *args, **kwargs: rows
+    column: Any = SimpleNamespace(rows=rows)
+    assert list(verify._starts(column, 5)) == [None, "a"]
