@@ -152,6 +152,7 @@ def test_a_sample_by_keys_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -
 
     assert len(users) == 20
     assert list(verify._starts(Column(), 5)) == ["0", "4", "8", "12", "16"]  # type: ignore[arg-type]
+    assert list(verify._starts(Column(), 3)) == ["0", "6", "12"]  # type: ignore[arg-type]
     assert list(verify._starts(Column(), 2)) == ["0", "10"]  # type: ignore[arg-type]
 
 

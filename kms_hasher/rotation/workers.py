@@ -190,10 +190,6 @@ class Workers:
         self._unseen_errors -= errors
         self._start()
 
-    @property
-    def _has_room(self) -> bool:
-        return len(self._running) < self._pace.number
-
     def _start(self) -> None:
         while (
             not self._unseen_errors and self._waiting and len(self._running) < self._pace.number
