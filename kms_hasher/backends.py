@@ -60,6 +60,8 @@ class KMSModelBackend(ModelBackend):
             matches = check_password(
                 password, user.password, functools.partial(users.upgrade, user)
             )
+            if matches and users.may_move(user):
+                users.move(user, password)
         else:
             matches = user.check_password(password)
         return user if matches and self.user_can_authenticate(user) else None
@@ -95,12 +97,18 @@ class KMSModelBackend(ModelBackend):
         def do_upgrade() -> None:
             users.upgrade(user, password)
 
+        @sensitive_variables()
+        def do_move() -> None:
+            users.move(user, password)
+
         upgrade: list[str] = []
         if user is not None and type(user).acheck_password not in _KNOWN_CHECKS:
             matches = await user.acheck_password(password)
         else:
             # In any thread, for it asks no database; the upgrade in Django's own.
             matches = await sync_to_async(check, thread_sensitive=False)()
+            if matches and not upgrade and users.may_move(user):
+                await sync_to_async(do_move)()
         if upgrade:
             await sync_to_async(do_upgrade)()
         return user if matches and self.user_can_authenticate(user) else None
