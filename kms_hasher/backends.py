@@ -24,7 +24,13 @@ from django.http import HttpRequest
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import background, conf, users
-from kms_hasher.exceptions import KeyNotFound, KeyUnusable, KMSAccessDenied, KMSHasherError
+from kms_hasher.exceptions import (
+    DataKeyMissing,
+    KeyNotFound,
+    KeyUnusable,
+    KMSAccessDenied,
+    KMSHasherError,
+)
 
 
 class KMSModelBackend(ModelBackend):
@@ -150,7 +156,7 @@ def check_decoy(password: str) -> None:
         return
     try:
         check_password(password, _decoys[key])
-    except (KeyUnusable, KeyNotFound, KMSAccessDenied):
+    except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyMissing):
         # The key has been rotated away since; or it is out of use, which this tells.
         _make_decoy(key)
 
