@@ -25,7 +25,7 @@ from kms_hasher.exceptions import (
 )
 from kms_hasher.providers._keyfile import KeyFile
 from kms_hasher.providers.local import LocalProvider
-from tests.contract import CONTEXT, SECRET, StrictProviderContract, silent
+from kms_hasher.testing.contract import CONTEXT, SECRET, StrictProviderContract, silent
 
 pytestmark = pytest.mark.slow
 
