@@ -59,7 +59,7 @@ from kms_hasher.exceptions import (
 from kms_hasher.providers.aws import AWSProvider
 from kms_hasher.providers.aws_async import Connections, parse
 from kms_hasher.providers.aws_errors import EXCEPTIONS, MISCONFIGURED, Answer, translate
-from tests.contract import ProviderContract, StrictProviderContract
+from kms_hasher.testing.contract import ProviderContract, StrictProviderContract
 from tests.kms_double import ACCOUNT, OTHER_KEY, REGION, SPOILT, KMSDouble
 
 pytestmark = pytest.mark.slow

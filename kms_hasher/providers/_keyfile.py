@@ -18,63 +18,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kms_hasher.exceptions import KeyFileError
+from kms_hasher.providers._keys import Keys, Material, StoredKey
 
 #: The layout of the file. Raise it when an older release could not read a newer file.
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Material:
-    """Key material: 32 bytes, or an RSA private key as PKCS #8 in DER."""
-
-    id: str
-    secret: bytes = field(repr=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredKey:
-    """A key as the file holds it. `materials` begins with the oldest."""
-
-    id: str
-    spec: str
-    usage: str
-    materials: tuple[Material, ...]
-    created_at: datetime.datetime
-    enabled: bool = True
-    deletion_at: datetime.datetime | None = None
-    multi_region: bool = False
-    description: str = ""
-    policy: str = ""
-    tags: Mapping[str, str] = field(default_factory=dict)
-    rotation_days: int | None = None
-
-    @property
-    def state(self) -> str:
-        """The key state as KMS names it."""
-        if self.deletion_at:
-            return "PendingDeletion"
-        return "Enabled" if self.enabled else "Disabled"
-
-    def is_deleted(self, now: datetime.datetime) -> bool:
-        return self.deletion_at is not None and self.deletion_at <= now
-
-
-@dataclass
-class Keys:
-    """All that the file holds. `aliases` maps "alias/..." to key ids."""
-
-    keys: dict[str, StoredKey] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-
-    def delete_due(self, now: datetime.datetime) -> None:
-        """Forget the keys whose day has come, and the aliases that point to them."""
-        self.keys = {id_: key for id_, key in self.keys.items() if not key.is_deleted(now)}
-        self.aliases = {name: id_ for name, id_ in self.aliases.items() if id_ in self.keys}
 
 
 class KeyFile:

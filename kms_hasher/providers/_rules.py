@@ -1,5 +1,5 @@
 """
-What KMS allows, as the local provider enforces it.
+What KMS allows, as a KMS in software enforces it.
 
 Each function raises the error KMS would, or returns. Sources: the API reference of each
 operation, and the table of key states,
@@ -25,7 +25,7 @@ from kms_hasher.exceptions import (
     KMSError,
     LimitExceeded,
 )
-from kms_hasher.providers._keyfile import StoredKey
+from kms_hasher.providers._keys import StoredKey
 from kms_hasher.providers._software import RSA_BITS, plaintext_limit
 from kms_hasher.providers.base import RSAES_OAEP_SHA_256, SYMMETRIC_DEFAULT, Context
 

@@ -1,5 +1,5 @@
 """
-What the local provider computes: KMS's algorithms in software.
+What a KMS in software computes: KMS's algorithms.
 
 A symmetric blob is a header of 136 bytes, which names the key and the key material and is
 authenticated together with the encryption context, then AES-256-GCM's ciphertext and tag:
@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kms_hasher.exceptions import InvalidCiphertext, InvalidRequest
-from kms_hasher.providers._keyfile import Material, StoredKey
+from kms_hasher.providers._keys import Material, StoredKey
 from kms_hasher.providers.base import SYMMETRIC_DEFAULT, Context
 
 #: The RSA specs and their bits.
