@@ -29,7 +29,15 @@ from kms_hasher.exceptions import (
     KMSThrottled,
     KMSUnavailable,
 )
-from kms_hasher.providers.base import OPERATIONS, DataKey, Decrypted, Provider, Result
+from kms_hasher.providers.base import (
+    OPERATIONS,
+    DataKey,
+    Decrypted,
+    Encrypted,
+    Provider,
+    ReEncrypted,
+    Result,
+)
 
 T = TypeVar("T")
 
@@ -144,6 +152,11 @@ class _Reported:
         self._tell(operation, result.key_arn, started, None, call.requested, result.request_ids)
 
     def _check(self, result: Result, operation: str, requested: str) -> None:
+        if isinstance(result, Encrypted | ReEncrypted) and not result.ciphertext:
+            # Stored, it would be a password that nothing opens.
+            raise KMSBadResponse(
+                "the answer holds no ciphertext", operation=operation, key=requested
+            )
         if self.size is None or not isinstance(result, Decrypted | DataKey):
             return
         if len(result.plaintext) != self.size:

@@ -17,7 +17,7 @@ System checks: what would make logins fail or leave passwords unsealed, said in 
     W002  sessions of the custom user model end when passwords are re-wrapped
     W003  Django has changed what this package replaces
     W004  there is no AWS Region
-    W005  the local provider is used (--deploy)
+    W005  the local provider is used, or one for tests (--deploy)
     W006  a password column is too short until a waiting migration is applied (--database)
     W007  Django's ModelBackend tells unknown users from known ones by what they cost
 
@@ -48,6 +48,9 @@ from kms_hasher.exceptions import ConfigurationError, KeyNotFound, KMSError, Mal
 TAG = "kms_hasher"
 
 LOCAL = ("local", "kms_hasher.providers.local.LocalProvider")
+
+#: Where providers are that are for tests alone.
+TESTING = "kms_hasher.testing."
 
 #: So many stored passwords are looked at for the name of the hasher that is missing.
 SAMPLE = 20
@@ -200,14 +203,18 @@ def _may_exist(path: Path) -> bool:
 
 def check_deployment(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]:
     try:
-        local = conf.get().provider in LOCAL
+        provider = conf.get().provider
     except ConfigurationError:
         return []
-    if not local:
+    if provider in LOCAL:
+        text = "The local provider keeps the keys in a file beside what they protect."
+    elif provider.startswith(TESTING):
+        text = "The provider is for tests: it keeps the keys in memory, and loses them."
+    else:
         return []
     return [
         checks.Warning(
-            "The local provider keeps the keys in a file beside what they protect.",
+            text,
             hint="Set KMS_HASHER['PROVIDER'] to \"aws\" where real passwords are stored.",
             id="kms_hasher.W005",
         )

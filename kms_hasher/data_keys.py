@@ -56,6 +56,7 @@ _IN = f"${modes.MODES['envelope'].code}$"
 class Store:
     """A `modes.envelope.DataKeys`."""
 
+    @sensitive_variables()
     def take(self, access: Access) -> tuple[int, Opener]:
         row = _run(_take)
         if row is not None:
@@ -66,6 +67,7 @@ class Store:
             _cache.put(number, plaintext)
         return number, Opener("", lambda: plaintext)
 
+    @sensitive_variables()
     def find(self, access: Access, number: int) -> Opener:
         if key := _cache.get(number):
             return Opener("", lambda: key)
@@ -74,6 +76,7 @@ class Store:
             raise DataKeyMissing(number)
         return self._opener(access, row)
 
+    @sensitive_variables()
     def _opener(self, access: Access, row: DataKey) -> Opener:
         number, stored = row.number, encoding.parse(row.sealed)
         if stored.header.algorithm != DATA_KEY or stored.mode != _DIRECT.code:
@@ -97,6 +100,7 @@ class Store:
 STORE = Store()
 
 
+@sensitive_variables()
 def make(access: Access, number: int) -> list[int]:
     """
     Make so many data keys that are unused, each by one GenerateDataKey; return their numbers.

@@ -169,6 +169,8 @@ def test_w004_no_region(settings: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_w005_the_local_provider_in_production(settings: Any) -> None:
     only(run(include_deployment_checks=True), "W005")
+    configure(settings, PROVIDER="kms_hasher.testing.InMemoryProvider", OPTIONS={})
+    only(run(include_deployment_checks=True), "W005")
     configure(settings, PROVIDER="aws", OPTIONS={"region": "eu-west-1"})
     assert run(include_deployment_checks=True) == []
 

@@ -239,3 +239,13 @@ def test_a_data_key_of_another_size_seals_nothing(
     monkeypatch.setattr(keyring.provider(), "generate_data_key", lambda *args, **kwargs: answer)
     with pytest.raises(KMSBadResponse, match="size"):
         keyring.seal(HEADER, DIGEST)
+
+
+def test_an_answer_without_a_ciphertext_is_not_stored(
+    monkeypatch: pytest.MonkeyPatch, key_arn: str, events: list[Event]
+) -> None:
+    answer = Encrypted(key_arn=key_arn, ciphertext=b"")
+    monkeypatch.setattr(keyring.provider(), "encrypt", lambda *args, **kwargs: answer)
+    with pytest.raises(KMSBadResponse, match="no ciphertext"):
+        keyring.seal(HEADER, DIGEST)
+    assert [event.outcome for event in events] == ["unavailable"]

@@ -14,7 +14,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher.encoding import SealedHash
 from kms_hasher.modes.base import SYMMETRIC, Access, Opener
-from kms_hasher.providers.base import ReEncrypted
+from kms_hasher.providers.base import Encrypted, ReEncrypted
 
 
 class Direct:
@@ -29,9 +29,11 @@ class Direct:
 
         @sensitive_variables()
         def seal(digest: bytes) -> SealedHash:
-            encrypted = access.anywhere(
-                settings.key, lambda key: kms.encrypt(key, digest, access.context)
-            )
+            @sensitive_variables()
+            def seal_by(key: str) -> Encrypted:
+                return kms.encrypt(key, digest, access.context)
+
+            encrypted = access.anywhere(settings.key, seal_by)
             ref = access.ref(encrypted.key_arn)
             return SealedHash(access.header, self.code, ref, encrypted.ciphertext)
 

@@ -21,7 +21,8 @@ from django.views.decorators.debug import sensitive_variables
 from kms_hasher.encoding import SealedHash, split_refs
 from kms_hasher.exceptions import KMSBadResponse, MalformedHash
 from kms_hasher.modes.base import HMAC, SYMMETRIC, Access, Opener
-from kms_hasher.providers.base import ReEncrypted
+from kms_hasher.providers import base
+from kms_hasher.providers.base import Encrypted, ReEncrypted
 
 #: Bytes of a MAC that are kept, of the 32 that KMS makes.
 SIZE = 24
@@ -86,7 +87,11 @@ class MacInDirect(Mac):
 
         @sensitive_variables()
         def enclose(mac: bytes) -> SealedHash:
-            answer = access.anywhere(key, lambda key: kms.encrypt(key, mac, access.context))
+            @sensitive_variables()
+            def enclose_by(key: str) -> Encrypted:
+                return kms.encrypt(key, mac, access.context)
+
+            answer = access.anywhere(key, enclose_by)
             refs = f"{access.ref(answer.key_arn)}.{ref}"
             return SealedHash(access.header, self.code, refs, answer.ciphertext)
 
@@ -117,7 +122,12 @@ class MacInDirect(Mac):
 def _mac(access: Access, key: str, digest: bytes) -> tuple[str, bytes]:
     """Return the ref of the key that made the MAC, and the MAC."""
     kms, message = access.kms(), access.binding + digest
-    answer = access.anywhere(key, lambda key: kms.generate_mac(key, message))
+
+    @sensitive_variables()
+    def mac_by(key: str) -> base.Mac:
+        return kms.generate_mac(key, message)
+
+    answer = access.anywhere(key, mac_by)
     if len(answer.mac) != _WHOLE:
         raise KMSBadResponse("the MAC has the wrong size", operation="GenerateMac", key=key)
     return access.ref(answer.key_arn), answer.mac[:SIZE]

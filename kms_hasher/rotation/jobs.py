@@ -182,7 +182,12 @@ class Wrap:
         if not _readable(header):
             raise MalformedHash(TOO_COSTLY)
         seal = keyring.sealer(header, purpose="wrap")
-        return in_thread(lambda: str(seal(digest)))
+
+        @sensitive_variables()
+        def wrap() -> str:
+            return str(seal(digest))
+
+        return in_thread(wrap)
 
     def blames_row(self, value: str, error: KMSHasherError) -> bool:
         return False
