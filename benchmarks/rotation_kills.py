@@ -208,8 +208,8 @@ def main() -> None:
             f"{arguments.kills:,} kills of {RotationRun.objects.count():,} runs over "
             f"{arguments.users:,} rows on {connections['default'].vendor}: at least "
             f"{rewritten:,} rewritten, {changed:,} passwords changed meanwhile; at the end "
-            f"{len(problems)} lost, {elsewhere} not under the present key or mode, {unended} runs "
-            f"not ended. When killed, the last run was: {dict(states)}."
+            f"{len(problems)} lost, {elsewhere} not under the present key or mode, {unended} "
+            f"runs not ended. When killed, the last run was: {dict(states)}."
         )
     finally:
         runner.teardown_databases(databases)

@@ -13,22 +13,26 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 from django.conf import settings as django_settings
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
 from django.contrib.auth.tokens import default_token_generator
 from django.core.management import CommandError, call_command
+from django.db import connection
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
+from django.utils.module_loading import import_string
 
-from kms_hasher import data_keys, encoding, keyring, modes
+from kms_hasher import columns, data_keys, encoding, inner, keyring, modes, users
 from kms_hasher import exceptions as errors
-from kms_hasher.models import DataKey, RotationRun
+from kms_hasher.models import DataKey, Key, RotationRun
 from kms_hasher.modes import public_key
 from kms_hasher.providers.base import Provider
-from kms_hasher.rotation import jobs, plan, rotate, runs, sweeps, workers
+from kms_hasher.rotation import engine, jobs, plan, rotate, runs, sweeps, workers
 from kms_hasher.rotation.engine import Options
 from kms_hasher.signals import Event, kms_event
+from tests.test_migrations import alter_column, migrate
 
 pytestmark = pytest.mark.django_db
 
@@ -134,8 +138,8 @@ def modes_of_rows() -> Counter[str]:
 
 
 def all_can_sign_in() -> bool:
-    users = enumerate(User.objects.order_by("pk"))
-    return all(user.check_password(f"pw{index}") for index, user in users)
+    found = enumerate(User.objects.order_by("pk"))
+    return all(user.check_password(f"pw{index}") for index, user in found)
 
 
 def ref_of(key: str) -> str:
@@ -210,12 +214,12 @@ def test_a_new_key(
 
 def test_a_new_mac_key_takes_over_as_users_sign_in(enter: Enter, waits: list[float]) -> None:
     enter("mac")
-    users = make_users(3)
+    made = make_users(3)
     old = keyring.provider().describe_key(MAC_KEY).key_arn
     out, _ = call("rotate_kms_key", "--new-key")
     assert "A MAC cannot be re-wrapped" in out
     assert "3 passwords cannot be moved without the password" in out
-    assert users[0].check_password("pw0")
+    assert made[0].check_password("pw0")
     assert rotate_()["waiting"] == 2
     assert rotate_("--verify=all")["verified"]["apart"] == 2
     for arguments in (["--disable-old"], ["--schedule-deletion=7"]):
@@ -331,10 +335,10 @@ def test_every_move(
     source: str, target: str, enter: Enter, work: Callable[[], Counter[str]]
 ) -> None:
     enter(source, DATA_KEY_USERS=2)
-    users = make_users(3)
+    made = make_users(3)
     before = passwords()
-    sessions = {user.pk: user.get_session_auth_hash() for user in users}
-    tokens = {user.pk: default_token_generator.make_token(user) for user in users}
+    sessions = {user.pk: user.get_session_auth_hash() for user in made}
+    tokens = {user.pk: default_token_generator.make_token(user) for user in made}
     enter(target, DATA_KEY_USERS=2)
     public_key.forget()
     planned = rotate_("--to-mode", target, "--dry-run")
@@ -460,19 +464,19 @@ def on_call(operation: str, run: Callable[[], Any]) -> Callable[[], None]:
 
 def test_a_password_that_is_changed_meanwhile_is_not_overwritten(enter: Enter) -> None:
     enter("direct")
-    users = make_users(4)
+    made = make_users(4)
     enter("envelope")
     changed: list[str] = []
 
     def change() -> None:
         changed.append(make_password("fresh"))
-        User.objects.filter(pk=users[3].pk).update(password=changed[0])
+        User.objects.filter(pk=made[3].pk).update(password=changed[0])
 
     end = on_call("Decrypt", change)
     done = rotate_("--to-mode", "envelope")
     end()
-    assert passwords()[users[3].pk] == changed[0]
-    assert User.objects.get(pk=users[3].pk).check_password("fresh")
+    assert passwords()[made[3].pk] == changed[0]
+    assert User.objects.get(pk=made[3].pk).check_password("fresh")
     assert modes_of_rows() == {"envelope": 4}
     assert (done["rewritten"], done["overtaken"]) == (3, 1)
 
@@ -632,3 +636,459 @@ def test_no_call_of_a_move_uses_the_database(
     rotate_("--to-mode", target, "--verify=all")
     assert used == []
     assert modes_of_rows() == {target: 4}
+
+
+# --- data keys ----------------------------------------------------------------------
+
+
+def age() -> None:
+    """Let the retired data keys have been retired long ago."""
+    DataKey.objects.exclude(retired_at=None).update(retired_at=timezone.now() - data_keys.REST)
+
+
+def numbers() -> set[int]:
+    return {encoding.data_key_number(v.split("$")[2]) for v in passwords().values()}
+
+
+def test_all_passwords_come_under_new_data_keys(
+    enter: Enter, work: Callable[[], Counter[str]]
+) -> None:
+    enter("envelope", DATA_KEY_USERS=2)
+    make_users(4)
+    old = numbers()
+    planned = rotate_("--new-data-keys", "--dry-run")
+    assert DataKey.objects.filter(retired_at=None).count() == 2
+    work()
+    done = rotate_("--new-data-keys", "--verify=all")
+    calls = work()
+    assert calls["GenerateDataKey"] == planned["operations"]["GenerateDataKey"] == 2
+    assert planned["operations"]["Decrypt"] == 2 <= calls["Decrypt"]
+    assert done["rewritten"] == 4
+    assert not numbers() & old
+    assert set(DataKey.objects.exclude(retired_at=None).values_list("pk", flat=True)) == old
+    assert all_can_sign_in()
+    age()
+    assert rotate_("--prune-data-keys")["deleted"] == 2
+    assert all_can_sign_in()
+
+
+def test_new_data_keys_are_gone_on_with(enter: Enter) -> None:
+    enter("envelope")
+    make_users(6)
+    options = Options(concurrency=1, batch_size=2, settle=0)
+
+    def stop() -> None:
+        raise errors.AuditError
+
+    planned = plan.make(new_data_keys=True)
+    end = on_call("Decrypt", stop)
+    with pytest.raises(errors.AuditError):
+        list(rotate.rotate(planned, options))
+    end()
+    upto = RotationRun.objects.get().plan["data_keys_up_to"]
+    fresh = data_keys.prepare(1)
+    again = plan.make(new_data_keys=True)
+    assert again.begun is not None
+    assert runs.command_of(again.begun) == "manage.py rotate_kms_key --new-data-keys"
+    list(rotate.rotate(again, options))
+    run = RotationRun.objects.get()
+    assert (run.state, run.plan["data_keys_up_to"]) == ("finished", upto)
+    # What was made after it had begun is as good as new.
+    assert not DataKey.objects.filter(pk__in=fresh).exclude(retired_at=None).exists()
+    assert min(numbers()) > upto
+    assert all_can_sign_in()
+
+
+def test_data_keys_are_made_in_advance(enter: Enter, work: Callable[[], Counter[str]]) -> None:
+    enter("envelope", DATA_KEY_USERS=1)
+    assert rotate_("--make-data-keys=2", "--dry-run")["data_keys"] == 2
+    assert not DataKey.objects.exists()
+    work()
+    out, _ = call("rotate_kms_key", "--make-data-keys=2")
+    assert "Made 2 data keys, each for 1 passwords and 90 days" in out
+    assert work() == {"GenerateDataKey": 2}
+    make_users(2)
+    assert work() == {"Decrypt": 2}
+    make_password("pw")  # an empty pool fills itself, at the sign-up
+    assert work() == {"GenerateDataKey": 1}
+    assert DataKey.objects.count() == 3
+    with pytest.raises(CommandError, match="--make-data-keys"):
+        call_command("rotate_kms_key", "--make-data-keys=0")
+
+
+@pytest.mark.parametrize("answer", ["y", ""])
+def test_pruning_asks_and_looks_again(
+    answer: str, enter: Enter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("envelope", DATA_KEY_USERS=1)
+    make_users(2)
+    before = passwords()
+    rotate_("--new-data-keys")
+    age()
+    user = User.objects.earliest("pk")
+
+    def think() -> str:
+        # Meanwhile somebody saves a stale object.
+        User.objects.filter(pk=user.pk).update(password=before[user.pk])
+        return answer
+
+    monkeypatch.setattr("builtins.input", think)
+    out, _ = call("rotate_kms_key", "--prune-data-keys", status=0 if answer else 1)
+    assert "2 retired data keys are named by no stored password" in out
+    assert ("Deleted 1 retired data keys" in out) is bool(answer)
+    assert all_can_sign_in()
+
+
+def test_data_keys_are_rewrapped_where_databases_leaves_theirs_out(
+    enter: Enter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Router:
+        def db_for_write(self, model: Any, **hints: Any) -> str | None:
+            return "keys" if model is DataKey else None
+
+    enter("envelope", DATABASES=["default"])
+    monkeypatch.setattr(columns.router, "db_for_write", Router().db_for_write)
+    assert columns.databases(DataKey) == ["default", "keys"]
+    assert columns.databases(User) == columns.databases() == ["default"]
+
+
+# --- the hashes of all hashers ------------------------------------------------------
+
+BCRYPT_SALT = b"$2b$04$" + b"a" * 21 + b"e"
+
+STOCK = {
+    "argon2": lambda: make("tests.hashers.CheapArgon2PasswordHasher"),
+    "pbkdf2_sha256": lambda: make("PBKDF2PasswordHasher", iterations=2),
+    "pbkdf2_sha1": lambda: make("PBKDF2SHA1PasswordHasher", iterations=2),
+    "scrypt": lambda: make("ScryptPasswordHasher", n=16),
+    "bcrypt_sha256": lambda: make(
+        "BCryptSHA256PasswordHasher", salt=b"$2b$04$" + b"a" * 21 + b"e"
+    ),
+    "bcrypt": lambda: make("BCryptPasswordHasher", salt=BCRYPT_SALT),
+    "md5": lambda: make("MD5PasswordHasher"),
+}
+
+
+def make(path: str, salt: Any = "saltsaltsaltsaltsalt00", **costs: Any) -> str:
+    if "." not in path:
+        path = f"django.contrib.auth.hashers.{path}"
+    encoded: str = import_string(path)().encode("pw", salt, **costs)
+    return encoded
+
+
+def stock_users() -> dict[Any, str]:
+    """Make a user of each of Django's hashers; return what is stored."""
+    User.objects.bulk_create(
+        User(username=name, password=made()) for name, made in STOCK.items()
+    )
+    return passwords()
+
+
+def list_hashers(settings: Any, *, sealing_first: bool, left_out: str = "") -> None:
+    sealing = [
+        f"kms_hasher.hashers.{name}"
+        for algorithm, name in inner.HASHERS.items()
+        if algorithm not in ("argon2", left_out)
+    ]
+    sealing.insert(0, "tests.hashers.CheapKMSArgon2PasswordHasher")
+    stock = ["tests.hashers.CheapArgon2PasswordHasher"]
+    stock += [
+        f"django.contrib.auth.hashers.{name.removeprefix('KMS')}"
+        for name in inner.HASHERS.values()
+        if name != "KMSArgon2PasswordHasher"
+    ]
+    settings.PASSWORD_HASHERS = sealing + stock if sealing_first else stock + sealing
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_hashes_of_all_hashers_are_sealed_and_unsealed(
+    mode: str, enter: Enter, settings: Any, work: Callable[[], Counter[str]]
+) -> None:
+    enter(mode)
+    list_hashers(settings, sealing_first=True)
+    before = stock_users()
+    planned = json.loads(call("wrap_passwords", "--dry-run", "--json")[0])
+    work()
+    done = json.loads(call("wrap_passwords", "--noinput", "--json")[0])
+    assert work() == {n: c for n, c in planned["operations"].items() if n in WORK}
+    assert (done["rewritten"], done["failed"]) == (7, 0)
+    assert modes_of_rows() == {mode: 7}
+    sealed = passwords()
+    assert all(user.check_password("pw") for user in User.objects.all())
+    User.objects.bulk_update(
+        [User(pk=pk, password=value) for pk, value in sealed.items()], ["password"]
+    )
+    list_hashers(settings, sealing_first=False)
+    planned = json.loads(call("unwrap_passwords", "--dry-run", "--json")[0])
+    work()
+    status = 3 if mode in MACS else 0
+    phrase = "--confirm=unwrap 7 passwords"
+    done = json.loads(call("unwrap_passwords", phrase, "--json", status=status)[0])
+    if mode in MACS:
+        assert (done["rewritten"], done["failed"], done["macs"]) == (0, 7, 7)
+        assert passwords() == sealed
+        assert "7 passwords hold a MAC" in call("unwrap_passwords", "--dry-run")[0]
+    else:
+        assert work() == planned["operations"]
+        assert passwords() == before  # byte for byte
+
+
+def test_hashers_that_are_not_listed_are_told(enter: Enter, settings: Any) -> None:
+    enter("direct")
+    list_hashers(settings, sealing_first=True, left_out="md5")
+    before = stock_users()
+    _, err = call("wrap_passwords", "--noinput")
+    assert "1 passwords were made by the hasher 'md5' and are left as they are" in err
+    assert "kms_hasher.hashers.KMSMD5PasswordHasher" in err
+    user = User.objects.get(username="md5")
+    assert user.password == before[user.pk]
+
+
+def test_wrapping_in_a_mode_that_cannot_be_left_says_so(
+    enter: Enter, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("mac")
+    list_hashers(settings, sealing_first=True)
+    stock_users()
+    monkeypatch.setattr("builtins.input", lambda: "n")
+    out, _ = call("wrap_passwords", status=1)
+    assert "It cannot be left without passwords" in out
+
+
+# --- the width of the column --------------------------------------------------------
+
+
+@pytest.fixture
+def narrow(transactional_db: None) -> Iterator[None]:
+    """Django's own column of 128 characters."""
+    alter_column(128)
+    yield
+    migrate("kms_hasher", "0001")
+    migrate()
+
+
+@pytest.mark.usefixtures("narrow")
+def test_out_of_a_mode_that_fits_the_stock_column(enter: Enter, settings: Any) -> None:
+    enter("envelope")
+    list_hashers(settings, sealing_first=True)
+    before = stock_users()
+    done = json.loads(call("wrap_passwords", "--noinput", "--json", status=3)[0])
+    assert done["rewritten"] == 7 - done["failed"]
+    assert {row["reason"] for row in done["bad"]} == {engine.TOO_LONG}
+    scrypt = User.objects.get(username="scrypt")
+    assert scrypt.password == before[scrypt.pk]  # as it was, and not cut
+    assert max(map(len, passwords().values())) <= 128
+    number = done["rewritten"]
+    enter("direct")
+    refused = rotate_("--to-mode", "direct", status=1)
+    assert (
+        "holds 128 characters, and values of the mode 'direct' need up to 1024"
+        in (refused["error"])
+    )
+    assert "holds 128 characters" in call("wrap_passwords", status=1)[1]
+    out, _ = call("widen_password_column", "--dry-run")
+    assert ("varchar(1024)" in out) is (connection.vendor != "sqlite")
+    assert users.column_width(columns.columns()[0]) == 128
+    assert "is widened" in call("widen_password_column")[0]
+    assert users.column_width(columns.columns()[0]) == 1024
+    assert "is wide enough" in call("widen_password_column")[0]
+    assert rotate_("--to-mode", "direct")["rewritten"] == number
+    assert json.loads(call("wrap_passwords", "--noinput", "--json")[0])["failed"] == 0
+    assert modes_of_rows() == {"direct": 7}
+    for user in User.objects.all():
+        assert user.check_password("pw")
+
+
+def test_the_column_of_another_user_model_is_not_widened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(users, "is_stock", lambda: False)
+    with pytest.raises(CommandError, match="is the site's own"):
+        call_command("widen_password_column")
+
+
+# --- kms_status and --plan ----------------------------------------------------------
+
+PERMISSIONS = {
+    "direct": {"Encrypt", "Decrypt", "ReEncrypt"},
+    "public_key": {"GetPublicKey", "Decrypt", "ReEncrypt"},
+    "envelope": {"GenerateDataKey", "Decrypt", "ReEncrypt"},
+    "mac": {"GenerateMac"},
+    "mac_in_direct": {"GenerateMac", "Encrypt", "Decrypt", "ReEncrypt"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_status_in_every_mode(mode: str, enter: Enter, other_keys: dict[str, str]) -> None:
+    enter(mode, DATA_KEY_USERS=2)
+    make_users(3)
+    found = look()
+    assert (found["ok"], found["notes"]) == (True, [])
+    assert found["permissions"] == dict.fromkeys(PERMISSIONS[mode], "allowed")
+    needed = {key["ref"]: (key["rows"], key["data_keys"], key["macs"]) for key in found["keys"]}
+    expected = {ref_of(ALIASES[mode]): (3, 0, 0)}
+    if mode == "mac":
+        expected = {ref_of(MAC_KEY): (3, 0, 3)}
+    if mode == "mac_in_direct":
+        expected[ref_of(MAC_KEY)] = (3, 0, 3)
+        assert found["mac_key_arn"] == other_keys[MAC_KEY]
+    if mode == "envelope":
+        expected = {ref_of(ALIASES[mode]): (0, 2, 0)}
+        pool = found["data_keys"]
+        assert (pool["number"], pool["open"], pool["retired"]) == (2, 1, 0)
+        assert pool["oldest"]
+    else:
+        assert found["data_keys"] is None
+    assert needed == expected
+    out, _ = call("kms_status")
+    told = {"mac": "3 passwords' MACs", "envelope": "2 data keys"}.get(mode, "3 passwords")
+    assert told in out
+    assert ("data keys: 2, 1 open, the oldest of" in out) is (mode == "envelope")
+    assert ("MAC key   arn:" in out) is (mode == "mac_in_direct")
+    half = Key.objects.filter(spec="RSA_2048").values_list("fingerprint", flat=True)
+    if mode == "public_key":
+        der = keyring.provider().get_public_key(ALIASES[mode]).der
+        assert list(half) == [public_key.fingerprint(der)] == [found["fingerprint"]]
+        assert f"SHA-256 {found['fingerprint']}" in out
+
+
+@pytest.mark.parametrize(
+    ("mode", "note"),
+    [
+        ("direct", "2 passwords are under another key"),
+        ("envelope", "1 data keys are under another key"),
+        ("mac", "2 passwords hold a MAC that no run can move"),
+        ("mac_in_direct", "2 passwords are under another key"),
+    ],
+)
+def test_status_of_what_is_under_another_key(mode: str, note: str, enter: Enter) -> None:
+    provider = keyring.provider()
+    enter(mode)
+    make_users(2)
+    old = provider.describe_key(ALIASES[mode])
+    provider.update_alias(
+        ALIASES[mode], provider.create_key(spec=old.spec, usage=old.usage).key_arn
+    )
+    (found,) = look()["notes"]
+    assert note in found
+
+
+def test_status_of_another_mode(enter: Enter) -> None:
+    enter("mac")
+    make_users(2)
+    enter("envelope")
+    make_password("pw")
+    assert "2 passwords hold a MAC" in look()["notes"][0]
+    enter("mac_in_direct")
+    assert "2 passwords are sealed in other modes" in look()["notes"][0]
+    assert rotate_()["elsewhere"] == 2
+    provider = keyring.provider()
+    provider.update_alias(
+        MAC_KEY, provider.create_key(spec="HMAC_256", usage="GENERATE_VERIFY_MAC").key_arn
+    )
+    rotate_("--to-mode", "mac_in_direct")
+    retired, waiting = sorted(look()["notes"])
+    assert "1 data keys are retired" in retired
+    assert "2 passwords hold a MAC" in waiting
+    assert rotate_()["waiting"] == 2  # MACs by a key that MAC_KEY has left
+
+
+def test_a_public_key_that_is_not_the_keys_own_is_found(enter: Enter, kms: Provider) -> None:
+    arn = kms.describe_key("alias/tests-rsa").key_arn
+    pem = {
+        each: serialization.load_der_public_key(kms.get_public_key(each).der)
+        .public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+        .decode()
+        for each in (arn, kms.create_key(spec="RSA_2048").key_arn)
+    }
+    for each, text in pem.items():
+        enter("public_key", KEY=arn, PUBLIC_KEY=text)
+        out, _ = call("kms_status", status=0 if each == arn else 1)
+        assert ("is not the public half" in out) is (each != arn)
+    enter("public_key", KEY=arn, PUBLIC_KEY="nonsense")
+    assert "is not, in PEM" in call("kms_status", status=1)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_denied_is_told(
+    mode: str, enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(mode)
+    make_users(1)
+
+    def denied(*args: Any, **kwargs: Any) -> Any:
+        raise errors.KMSAccessDenied
+
+    def invalid(*args: Any, **kwargs: Any) -> Any:
+        raise errors.InvalidRequest
+
+    first = {
+        "direct": "encrypt",
+        "public_key": "get_public_key",
+        "envelope": "generate_data_key",
+    }.get(mode, "generate_mac")
+    for method, said in ((denied, "is denied"), (invalid, "cannot be told")):
+        monkeypatch.setattr(kms, first, method)
+        out, _ = call("kms_status", status=1)
+        operation = "".join(part.capitalize() for part in first.split("_"))
+        assert f"{operation} {said}" in out or f"Whether {operation}" in out
+        if mode in DIGEST:
+            assert "Decrypt         not checked" in out
+
+
+@pytest.mark.parametrize("source", MODES)
+@pytest.mark.parametrize("target", MODES)
+def test_a_plan_tries_what_the_mode_needs(source: str, target: str, enter: Enter) -> None:
+    enter(source)
+    make_users(2)
+    before, keys = passwords(), DataKey.objects.values_list("pk", "uses")
+    listed = list(keys)
+    enter(target)
+    planned = rotate_("--to-mode", target, "--plan")
+    assert passwords() == before
+    assert list(keys) == listed
+    if not moves(source, target):
+        assert "estimate" not in planned
+        return
+    answers = planned["estimate"]
+    assert set(answers["operations"].values()) == {"allowed"}
+    assert set(answers["permissions"].values()) <= {"allowed", "not checked"}
+    call("rotate_kms_key", "--to-mode", target, "--plan")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_plan_of_a_new_key(mode: str, enter: Enter) -> None:
+    enter(mode)
+    make_users(2)
+    planned = rotate_("--new-key", "--plan")
+    expected = [] if mode == "mac" else ["allowed"]
+    assert list(planned["estimate"]["permissions"].values()) == expected
+    assert planned["estimate"]["quota"] == (500 if mode == "public_key" else 10_000)
+
+
+def test_a_plan_of_a_move_that_is_denied(
+    enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("direct")
+    make_users(1)
+    enter("mac_in_direct")
+
+    def denied(*args: Any, **kwargs: Any) -> Any:
+        raise errors.KMSAccessDenied
+
+    monkeypatch.setattr(kms, "generate_mac", denied)
+    refused = rotate_("--to-mode", "mac_in_direct", "--plan", status=1)
+    assert "GenerateMac is denied" in refused["error"]
+    monkeypatch.setattr(kms, "decrypt", denied)
+    refused = rotate_("--to-mode", "mac_in_direct", "--plan", status=1)
+    assert "Decrypt is denied" in refused["error"]
+
+
+def test_the_key_page_shows_the_fingerprint(enter: Enter, admin_client: Any) -> None:
+    enter("public_key")
+    rotate_()
+    key = Key.objects.get(spec="RSA_2048")
+    page = admin_client.get(f"/admin/kms_hasher/key/{key.pk}/change/").content.decode()
+    assert key.fingerprint and key.fingerprint in page
