@@ -383,6 +383,21 @@ def test_the_key_of_the_mode_that_was_left_is_disabled(
     assert all_can_sign_in()
 
 
+def test_a_key_that_a_forged_row_names_is_not_disabled(enter: Enter, kms: Provider) -> None:
+    enter("direct")
+    forged, user = make_users(2)
+    stored = encoding.parse(forged.password)
+    other = kms.create_key()  # somebody's in the same account
+    value = dataclasses.replace(stored, key_ref=encoding.key_ref(other.key_id))
+    User.objects.filter(pk=forged.pk).update(password=str(value))
+    enter("public_key")
+    rotate_("--to-mode", "public_key", status=3)
+    User.objects.filter(pk=forged.pk).update(password=user.password)
+    given_up = rotate_("--to-mode", "public_key", "--disable-old")["given_up"]
+    assert other.key_arn not in {each["key"] for each in given_up}
+    assert state_of(other.key_arn) == "Enabled"
+
+
 def test_a_mac_that_is_moved_keeps_its_key(enter: Enter, key_arn: str) -> None:
     enter("mac")
     make_users(2)

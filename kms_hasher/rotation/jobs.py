@@ -313,9 +313,14 @@ class Convert(_Opening):
             keyring.converter(stored, purpose="rotate"),
             modes.by_code(stored.mode),
         )
-        if source.names_key and source.spec != HMAC:  # what is moved with its MAC keeps that
-            self.sources.add(_outer(stored))
-        return lambda: str(convert())
+
+        def converted() -> str:
+            new = str(convert())
+            if source.names_key and source.spec != HMAC:  # moved with its MAC, it keeps that
+                self.sources.add(_outer(stored))
+            return new
+
+        return converted
 
     def can_seal(self) -> bool:
         settings = self._settings

@@ -13,7 +13,7 @@ from django.utils import timezone
 from kms_hasher import columns, conf, encoding, history, keyring, modes
 from kms_hasher.columns import Column, Group
 from kms_hasher.exceptions import KeyNotFound, RotationRefused
-from kms_hasher.models import AliasPeriod, RotationRun
+from kms_hasher.models import AliasPeriod, Key, RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation import costs, keys, runs
 from kms_hasher.rotation.engine import width_of
@@ -191,7 +191,12 @@ class Plan:
         return refs - kept - {self.mac_ref}
 
     def refs_of_other_modes(self) -> set[str]:
-        """Return the refs of the keys that rows need which are not in the mode of the plan."""
+        """
+        Return the refs of the keys that rows need which are not in the mode of the plan.
+
+        Those that KMS has answered with alone: a forged row may name any key of the account,
+        which nobody is to disable for that.
+        """
         mode, refs = modes.by_name(self.mode), set[str]()
         for counted in self.counts.values():
             for group in counted:
@@ -201,7 +206,7 @@ class Plan:
                     refs |= {group.key_ref, group.mac_ref} - (kept if moved_with_mac else set())
                 elif group.algorithm == encoding.DATA_KEY and mode.names_key:
                     refs.add(group.key_ref)
-        return refs - {""}
+        return set(Key.objects.filter(ref__in=refs).values_list("ref", flat=True))
 
 
 def make(
