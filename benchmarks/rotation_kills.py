@@ -2,12 +2,15 @@
 Rotations killed at random moments, until it has been done so many times.
 
     [DATABASE_URL=…] python -m benchmarks.rotation_kills [--kills 1000] [--users 10000]
+                                                         [--to-mode]
 
 A child re-wraps all passwords to a new key, again and again, and is killed by SIGKILL after a
-random time; the next one goes on. Meanwhile passwords are changed. Between two kills the state
-of the runs is looked at, and at the end every password is opened: it must be the one that was
-set last, and every session must be as good as it was. Exit status 1 if one is not. KMS is the
-local provider; without DATABASE_URL the database is an SQLite file.
+random time; the next one goes on. With --to-mode it brings them from mode to mode instead,
+among direct, public_key and envelope, and now and then into another than the one it was killed
+at. Meanwhile passwords are changed, with --to-mode in any of the modes. Between two kills the
+state of the runs is looked at, and at the end every password is opened: it must be the one that
+was set last, and every session must be as good as it was. Exit status 1 if one is not. KMS is
+the local provider; without DATABASE_URL the database is an SQLite file.
 """
 
 from __future__ import annotations
@@ -53,13 +56,15 @@ from django.contrib.auth.models import User
 from django.db import connections
 from django.test.runner import DiscoverRunner
 
-from kms_hasher import encoding, keyring
+from kms_hasher import data_keys, encoding, keyring, modes
 from kms_hasher.encoding import Argon2Parameters, Header
 from kms_hasher.models import RotationRun
 from kms_hasher.rotation import engine, plan, rotate
 
 #: Seconds that a child has at the most; the least lets it begin.
 LONGEST = 0.8
+
+MODES = ("direct", "public_key", "envelope")
 
 OPTIONS = engine.Options(concurrency=8, batch_size=100, settle=0)
 
@@ -75,33 +80,60 @@ def new_password() -> tuple[str, bytes]:
     return seal(os.urandom(11).hex().encode(), digest), digest
 
 
-def child() -> None:
+def enter(mode: str) -> None:
+    """Set the mode and its key."""
+    key = "alias/kills-rsa" if mode == "public_key" else "alias/kills"
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "MODE": mode, "KEY": key}
+
+
+def move_for_ever() -> None:
+    """Go on with the move that is there, mostly, then make others."""
+    last = RotationRun.objects.order_by("-pk").first()
+    mode = last.plan.get("mode", MODES[0]) if last else MODES[0]
+    if last and (last.state == "finished" or random.random() < 0.2):
+        mode = random.choice(MODES)
+    while True:
+        enter(mode)
+        for _ in rotate.rotate(plan.make(to_mode=mode), OPTIONS):
+            pass
+        mode = random.choice(MODES)
+
+
+def child(to_mode: bool) -> None:
     """Rotate for ever: go on with the run that is there, then make the next."""
+    if to_mode:
+        random.seed()
+        move_for_ever()
     while True:
         for _ in rotate.rotate(plan.make(new_key=True), OPTIONS):
             pass
 
 
-def finish() -> None:
-    for wishes in ({"new_key": True}, {}):
+def finish(to_mode: bool) -> None:
+    if to_mode:
+        enter(MODES[-1])
+    for wishes in ({"to_mode": MODES[-1]},) if to_mode else ({"new_key": True}, {}):
         for _ in rotate.rotate(plan.make(**wishes), OPTIONS):
             pass
 
 
-def killed(seconds: float, digests: dict[int, bytes]) -> int:
+def killed(seconds: float, digests: dict[int, bytes], to_mode: bool) -> int:
     """Let a child rotate for so long, and change passwords meanwhile; return how many."""
+    data_keys.close()
     connections.close_all()
     pid = os.fork()
     if not pid:
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            child()
+            child(to_mode)
         finally:
             os._exit(9)
     until, changed = time.monotonic() + seconds, 0
     while time.monotonic() < until:
         time.sleep(min(0.1, max(until - time.monotonic(), 0)))
         pk = random.choice(list(digests))
+        if to_mode:
+            enter(random.choice(MODES))
         value, digest = new_password()
         User.objects.filter(pk=pk).update(password=value)
         digests[pk] = digest
@@ -132,12 +164,15 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=1000, help="(default: %(default)s)")
     parser.add_argument("--users", type=int, default=10_000, help="(default: %(default)s)")
+    parser.add_argument("--to-mode", action="store_true", help="from mode to mode instead")
     arguments = parser.parse_args()
+    to_mode = arguments.to_mode
     print(stub.environment())
     runner = DiscoverRunner(verbosity=0, interactive=False)
     databases = runner.setup_databases()
     provider = keyring.provider()
     provider.create_alias("alias/kills", provider.create_key().key_arn)
+    provider.create_alias("alias/kills-rsa", provider.create_key(spec="RSA_2048").key_arn)
     digests: dict[int, bytes] = {}
     made: list[Any] = []
     for number in range(arguments.users):
@@ -150,7 +185,7 @@ def main() -> None:
     changed, states, started = 0, Counter[str](), time.monotonic()
     try:
         for number in range(arguments.kills):
-            changed += killed(random.uniform(0.01, LONGEST), digests)
+            changed += killed(random.uniform(0.01, LONGEST), digests, to_mode)
             last = RotationRun.objects.order_by("-pk").first()
             states[last.state if last else "not begun"] += 1
             if (number + 1) % 100 == 0:
@@ -159,19 +194,22 @@ def main() -> None:
                     f"{time.monotonic() - started:,.0f} s",
                     flush=True,
                 )
-        finish()
+        finish(to_mode)
         fresh = {pk for pk in digests if digests[pk] != first[pk]}
         problems = check(digests, sessions, fresh)
-        unended = RotationRun.objects.exclude(state="finished").count()
+        # A move into another mode is a run of its own, and leaves the one before where it is.
+        unended = 0 if to_mode else RotationRun.objects.exclude(state="finished").count()
         present = encoding.key_ref(provider.describe_key("alias/kills").key_id)
+        if to_mode:
+            present = f"${modes.by_name(MODES[-1]).code}$"
         elsewhere = User.objects.exclude(password__contains=present).count()
         rewritten = sum(RotationRun.objects.values_list("rewritten", flat=True))
         print(
             f"{arguments.kills:,} kills of {RotationRun.objects.count():,} runs over "
             f"{arguments.users:,} rows on {connections['default'].vendor}: at least "
             f"{rewritten:,} rewritten, {changed:,} passwords changed meanwhile; at the end "
-            f"{len(problems)} lost, {elsewhere} not under the present key, {unended} runs not "
-            f"ended. When killed, the last run was: {dict(states)}."
+            f"{len(problems)} lost, {elsewhere} not under the present key or mode, {unended} "
+            f"runs not ended. When killed, the last run was: {dict(states)}."
         )
     finally:
         runner.teardown_databases(databases)

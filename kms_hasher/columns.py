@@ -191,9 +191,10 @@ def data_key_field() -> models.Field[Any, Any]:
     return field
 
 
-def databases() -> list[str]:
+def databases(model: type[models.Model] | None = None) -> list[str]:
     """
-    Return the databases that the settings name, or all.
+    Return the databases that the settings name, or all; for data keys also that where they
+    are written, as nobody could log in without them.
 
     Raises `ConfigurationError` for one that Django does not know.
     """
@@ -203,7 +204,10 @@ def databases() -> list[str]:
         raise ConfigurationError(
             f"KMS_HASHER['DATABASES'] names {sorted(unknown)}, which DATABASES does not have."
         )
-    return list(wanted)
+    found = list(wanted)
+    if model is DataKey and (own := router.db_for_write(DataKey)) not in found:
+        found.append(own)
+    return found
 
 
 def columns(among: Collection[str] | None = None) -> list[Column]:
@@ -211,13 +215,13 @@ def columns(among: Collection[str] | None = None) -> list[Column]:
     Return every column that holds passwords, in every database that has its table; and that
     of the data keys where there are any.
 
-    Databases where a router does not allow the model are left out, and all that are not in
-    `DATABASES` where that is set, or not `among` those given. Raises `ConfigurationError`.
+    Databases where a router does not allow the model are left out, and all but `databases`,
+    or not `among` those given. Raises `ConfigurationError`.
     """
     found = []
     for field in (*fields(), data_key_field()):
         model = field.model
-        for database in databases():
+        for database in databases(model):
             if among is not None and database not in among:
                 continue
             if not router.allow_migrate_model(database, model):

@@ -33,7 +33,7 @@ from django.db.models import F
 from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import columns, conf, encoding, modes
+from kms_hasher import columns, conf, encoding, keyring, modes
 from kms_hasher.encoding import DATA_KEY, PREFIX, Header, SealedHash
 from kms_hasher.exceptions import DataKeyMissing, MalformedHash
 from kms_hasher.inner import KINDS, NoParameters
@@ -47,6 +47,9 @@ MOST = 1000
 
 #: So many uses are counted at once while data keys are held, by a run over many rows.
 BLOCK = 500
+
+#: For so long the row of a retired data key is kept, though no stored password names it.
+REST = datetime.timedelta(hours=1)
 
 _DIRECT = modes.MODES["direct"]
 _SALT = 16
@@ -93,7 +96,13 @@ class Store:
                 _cache.put(number, key)
             return key
 
-        return Opener(found.key, call)
+        @sensitive_variables()
+        def once() -> bytes:
+            # A run begins many calls before the first is answered.
+            with _cache.turn_of(number):
+                return _cache.get(number) or call()
+
+        return Opener(found.key, once if _cache.held else call)
 
 
 #: What `modes.envelope` takes data keys from.
@@ -114,6 +123,12 @@ def make(access: Access, number: int) -> list[int]:
     return made
 
 
+def prepare(number: int) -> list[int]:
+    """Make so many data keys with the settings' own KEY, as `make`."""
+    header = Header(DATA_KEY, NoParameters(), secrets.token_bytes(_SALT))
+    return make(keyring.access(header, "set"), number)
+
+
 def retire() -> int:
     """Let no more be sealed with any of the present data keys; return the highest number."""
     DataKey.objects.filter(retired_at=None).update(retired_at=timezone.now())
@@ -122,8 +137,14 @@ def retire() -> int:
 
 
 def unneeded() -> list[int]:
-    """Return the numbers of retired data keys that no stored password names, by one pass."""
-    retired = set(DataKey.objects.exclude(retired_at=None).values_list("pk", flat=True))
+    """
+    Return the numbers of retired data keys that no stored password names, by one pass.
+
+    Of those retired an hour ago or earlier: what was sealed by one just before that may be
+    stored only now.
+    """
+    since = timezone.now() - REST
+    retired = set(DataKey.objects.filter(retired_at__lte=since).values_list("pk", flat=True))
     for column in columns.columns():
         if column.model is DataKey:
             continue
@@ -253,6 +274,7 @@ class _Cache:
         self.held = 0
         self._lock = threading.Lock()
         self._keys: OrderedDict[int, tuple[bytearray, float]] = OrderedDict()
+        self._turns: dict[int, threading.Lock] = {}
         self._timer: threading.Timer | None = None
         self._block: tuple[DataKey, int] | None = None
 
@@ -279,6 +301,11 @@ class _Cache:
             if self._timer is None and seconds < float("inf"):
                 self._set_timer(seconds)
 
+    def turn_of(self, number: int) -> threading.Lock:
+        """Return the lock of those who want one and the same key."""
+        with self._lock:
+            return self._turns.setdefault(number, threading.Lock())
+
     def block(self, since: datetime.datetime) -> DataKey | None:
         """Return the row of a use that was counted before, if one is left."""
         with self._lock:
@@ -297,6 +324,7 @@ class _Cache:
             for number in list(self._keys):
                 self._drop(number)
             self._block = None
+            self._turns.clear()
             if self._timer:
                 self._timer.cancel()
                 self._timer = None

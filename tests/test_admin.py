@@ -609,10 +609,12 @@ def test_cancel_asks_first(controller: Client) -> None:
         "new-material": "manage.py rotate_kms_key --new-material",
         "wrap": "manage.py wrap_passwords",
         "unwrap": "manage.py unwrap_passwords",
+        "to-mode": "manage.py rotate_kms_key --to-mode envelope",
+        "new-data-keys": "manage.py rotate_kms_key --new-data-keys",
     }
     assert set(commands) == set(RotationRun.Kind)
     for kind, command in commands.items():
-        run = make_rotation(make_key(), kind=kind)
+        run = make_rotation(make_key(), kind=kind, plan={"mode": "envelope"})
         response = controller.post(run_url(run, "cancel"))
         html = response.content.decode()
         assert response.status_code == 200
@@ -635,13 +637,16 @@ def test_cancel_asks_first(controller: Client) -> None:
         ("new-material", "rotate_kms_key --new-material"),
         ("wrap", "wrap_passwords"),
         ("unwrap", "unwrap_passwords"),
+        ("to-mode", "rotate_kms_key --to-mode envelope"),
+        ("new-data-keys", "rotate_kms_key --new-data-keys"),
     ],
 )
 @pytest.mark.parametrize("state", ["running", "paused", "interrupted", "failed"])
 def test_what_goes_on_with_a_run_that_nobody_conducts(
     state: str, kind: str, command: str, controller: Client
 ) -> None:
-    run = make_rotation(make_key(), kind=kind, state=state)
+    plan = {"mode": "envelope"}
+    run = make_rotation(make_key(), kind=kind, state=state, plan=plan)
     told = texts(controller, run)
     assert told["command"] == f"manage.py {command}"
     assert told["note"] == "No process conducts it now. This goes on with it:"

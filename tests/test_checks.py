@@ -16,6 +16,8 @@ from kms_hasher import checks, columns, users
 from tests.test_migrations import alter_column, migrate
 from tests.test_users import sealed
 
+MODES = ("direct", "public_key", "envelope", "mac", "mac_in_direct")
+WIDE = ("direct", "public_key", "mac_in_direct")
 KEY_ARN = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 
 
@@ -224,6 +226,15 @@ def test_e006_is_found_beside_other_mistakes(
     assert {"kms_hasher.E001", "kms_hasher.E006"} == {message.id for message in run()}
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_e006_in_each_mode(mode: str, settings: Any) -> None:
+    configure(
+        settings, PASSWORD_FIELDS=["auth.User.first_name"], MODE=mode, MAC_KEY="alias/mac"
+    )
+    found = [message for message in run() if message.id == "kms_hasher.E006"]
+    assert bool(found) is (mode in WIDE)  # it holds 150 characters, and two modes need 128
+
+
 @isolate_apps("tests")
 def test_w002_sessions_of_a_custom_model(
     monkeypatch: pytest.MonkeyPatch, settings: Any
@@ -319,6 +330,22 @@ def test_w006_a_column_that_waits_for_its_migration() -> None:
     # As from the command line: the checks must not stop it.
     call_command("migrate", verbosity=0, skip_checks=False)
     assert run(databases=["default"]) == []
+
+
+@pytest.mark.usefixtures("narrow_column")
+@pytest.mark.parametrize("mode", MODES)
+def test_e007_and_w006_in_each_mode(mode: str, settings: Any) -> None:
+    configure(settings, MODE=mode, MAC_KEY="alias/mac")
+
+    def found() -> list[str]:
+        messages = [message.id for message in run(databases=["default"])]
+        return [id.partition(".")[2] for id in messages if id.endswith(("E007", "W006"))]
+
+    assert found() == (["E007"] if mode in WIDE else [])
+    configure(settings, MODE="direct")
+    migrate("kms_hasher", "0001")
+    configure(settings, MODE=mode)
+    assert found() == (["W006"] if mode in WIDE else [])
 
 
 @pytest.mark.django_db

@@ -498,7 +498,7 @@ def test_status(kms: Provider, key_arn: str) -> None:
     out, _ = run("kms_status")
     assert f"key       {key_arn}" in out
     assert "state     Enabled, SYMMETRIC_DEFAULT, ENCRYPT_DECRYPT" in out
-    assert "Decrypt   allowed" in out
+    assert "Decrypt         allowed" in out
     assert f"alias     {key_arn} since" in out and "until now" in out
     assert "auth.User.password (1024 characters)" in out
     assert f"1  kms_argon2 d1 {encoding.key_ref(key_arn)}" in out

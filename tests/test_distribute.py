@@ -215,6 +215,25 @@ def test_workers_join_and_messages_come_twice(
     assert "Traceback" not in queue.log()
 
 
+def test_a_move_between_modes_by_workers_with_its_settings(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = ("--distribute=celery", "--json", "--concurrency=4")
+    queue.worker()
+    with monkeypatch.context() as patch:
+        patch.setitem(queue.site.env, "KMS_HASHER_LIVE_MODE", "envelope")
+        _, err = queue.site("rotate", "--to-mode=envelope", *move).communicate(timeout=120)
+        assert "into the mode 'envelope'" in err  # the worker was not restarted
+        queue.kill_worker()
+        queue.worker()
+        result = end(queue.site("rotate", "--to-mode=envelope", *move))
+        # A shard that is worked on twice, as one worker was slow to tell of it, counts less.
+        assert 0 < result["rewritten"] <= USERS
+        assert result["failed"] == 0
+        assert json.loads(finish(queue.site("verify")))["modes"] == {"e1": USERS}
+    end(queue.site("rotate", "--to-mode=direct", "--json"))
+
+
 @pytest.mark.parametrize("what", ["pool", "worker", "command"])
 def test_what_is_killed_does_no_harm(queue: Queue, what: str) -> None:
     for _ in range(KILLS):

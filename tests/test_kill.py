@@ -93,3 +93,38 @@ def test_processes_share_the_work_and_one_may_be_killed(site: Site) -> None:
     found = json.loads(finish(site("verify")))
     assert found["keys"] == {found["present"]: 1500}
     assert found["states"] == ["finished"]
+
+
+def test_processes_share_a_move_between_modes(site: Site) -> None:
+    finish(site("setup", "600"))
+    site.env["KMS_HASHER_LIVE_MODE"] = "envelope"
+    arguments = ("--to-mode=envelope", "--processes=2", "--concurrency=4", "--json")
+    process = site("rotate", *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    result = json.loads(out[out.index("{") :])
+    assert (result["rewritten"], result["failed"]) == (600, 0)
+    found = json.loads(finish(site("verify")))
+    assert found["modes"] == {"e1": 600}
+    assert found["states"] == ["finished"]
+
+
+def test_a_move_that_is_killed_is_gone_on_with(site: Site) -> None:
+    finish(site("setup", str(KILLED_USERS)))
+    there = "direct"
+    for _ in range(KILLS):
+        there = random.choice([mode for mode in ("direct", "envelope") if mode != there])
+        site.env["KMS_HASHER_LIVE_MODE"] = there
+        arguments = ("--concurrency=4", "--batch-size=20", f"--rate={RATE}")
+        process = site("rotate", f"--to-mode={there}", *arguments)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(random.uniform(0, 1.3 * KILLED_USERS / RATE))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = json.loads(finish(site("verify")))
+        assert sum(found["modes"].values()) == KILLED_USERS
+    finish(site("rotate", f"--to-mode={there}"))
+    found = json.loads(finish(site("verify")))
+    assert found["modes"] == {"d1" if there == "direct" else "e1": KILLED_USERS}
+    assert found["states"][0] == "finished"

@@ -87,6 +87,41 @@ def test_on_an_existing_site_forwards_backwards_and_forwards() -> None:
 
 
 @pytest.mark.django_db
+@pytest.mark.parametrize("mode", ["direct", "public_key", "envelope", "mac", "mac_in_direct"])
+def test_no_migration_is_missing_in_any_mode(mode: str, settings: Any) -> None:
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "MODE": mode, "MAC_KEY": "alias/mac"}
+    call_command("makemigrations", check_changes=True, dry_run=True, verbosity=0)
+
+
+@pytest.mark.usefixtures("existing_site")
+@pytest.mark.parametrize("mode", ["envelope", "mac"])
+def test_where_the_values_fit_the_table_of_users_is_left_alone(
+    mode: str, settings: Any
+) -> None:
+    given = settings.KMS_HASHER
+    settings.KMS_HASHER = {**given, "MODE": mode}
+    statements: list[str] = []
+
+    def watch(execute: Any, sql: str, *args: Any) -> Any:
+        statements.append(sql)
+        return execute(sql, *args)
+
+    with connection.execute_wrapper(watch):
+        migrate("kms_hasher")
+        migrate(*NARROW)
+        migrate("kms_hasher")
+    altering = ("ALTER", "CREATE", "DROP", "UPDATE", "INSERT", "PRAGMA foreign_keys")
+    touched = [each for each in statements if each.startswith(altering) and "auth_user" in each]
+    assert statements and touched == []
+    assert width() == 128
+    assert User.objects.get().password == "argon2$old"
+    settings.KMS_HASHER = given
+    migrate(*NARROW)  # so that it is applied again, and widens
+    migrate(*WIDE)
+    assert width() == 1024
+
+
+@pytest.mark.django_db
 def test_historical_models_are_as_wide_as_their_migration_says() -> None:
     loader = MigrationLoader(connection)
     for target, expected in ((NARROW, 128), (WIDE, 1024)):
@@ -140,6 +175,16 @@ def test_another_database_from_zero(make_other: Any, settings: Any) -> None:
     assert width("other") == 1024
     User.objects.using("other").create(username="anna", password=LONG)
     assert User.objects.using("other").get().password == LONG
+
+
+@pytest.mark.parametrize("mode", ["envelope", "mac"])
+def test_another_database_from_zero_where_the_values_fit(
+    mode: str, make_other: Any, settings: Any
+) -> None:
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "MODE": mode}
+    settings.DATABASE_ROUTERS = [Router("other")]
+    make_other()
+    assert width("other") == 128
 
 
 def test_a_database_without_users(make_other: Any, settings: Any) -> None:

@@ -539,9 +539,9 @@ def test_the_rate_is_shared_by_all_at_work(kms: Provider) -> None:
 
 def test_jobs_are_made_from_their_rows(kms: Provider) -> None:
     key = plan.history.record_key(kms.create_key().key_arn, timezone.now())
+    planned = {"material": "abc", "mode": "direct", "data_keys_up_to": 3}
     made = {
-        kind: jobs.of(make_run(kind=kind, key=key, plan={"material": "abc"}))
-        for kind in RotationRun.Kind
+        kind: jobs.of(make_run(kind=kind, key=key, plan=planned)) for kind in RotationRun.Kind
     }
     renew = made[RotationRun.Kind.NEW_MATERIAL]
     assert isinstance(renew, jobs.Renew)
@@ -550,6 +550,8 @@ def test_jobs_are_made_from_their_rows(kms: Provider) -> None:
     assert isinstance(made[RotationRun.Kind.UNWRAP], jobs.Unwrap)
     for kind in ("rewrap", "new-key", "to-key"):
         assert type(made[RotationRun.Kind(kind)]) is jobs.Rewrap
+    for kind in ("to-mode", "new-data-keys"):
+        assert isinstance(made[RotationRun.Kind(kind)], jobs.Convert)
 
 
 # --- what a run costs the database --------------------------------------------------

@@ -176,7 +176,14 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, fails: str = "") ->
 def test_verify_after_a_rotation(kms: Provider, capsys: pytest.CaptureFixture[str]) -> None:
     make_users(3)
     found = run(capsys, "--new-key", "--verify=all")["verified"]
-    assert found == {"rows": 3, "others": {}, "opened": 3, "bad": []}
+    assert found == {
+        "rows": 3,
+        "others": {},
+        "apart": 0,
+        "opened": 3,
+        "unseen": 0,
+        "bad": [],
+    }
     assert run(capsys, "--verify=0")["verified"]["opened"] == 0
     assert "verified" not in run(capsys)
 
@@ -262,15 +269,15 @@ def test_permissions_that_cannot_be_told(
     stray = encoding.key_ref("0" * 8 + "-0000-0000-0000-" + "0" * 12)
     prefix = encoding.prefix_of("kms_argon2", "d1", stray)
     User.objects.filter(pk=one.pk).update(password=f"{prefix}cut")
-    found = permissions.try_re_encrypt(plan.make(new_key=True))
+    found = permissions.try_rows(plan.make(new_key=True))
     assert found.pop(stray).startswith("cannot be told: ")
     assert list(found.values()) == ["allowed"]
     real = kms.re_encrypt
     monkeypatch.setattr(kms, "re_encrypt", lambda *args, **kwargs: real(*args))  # no DryRun
     planned = plan.make(new_key=True)
     ref = encoding.parse(two.password).key_ref
-    assert permissions.try_re_encrypt(planned)[ref] == "allowed"
-    assert permissions.try_re_encrypt(plan.Plan(kind=RotationRun.Kind.NEW_KEY)) == {}
+    assert permissions.try_rows(planned)[ref] == "allowed"
+    assert permissions.try_rows(plan.Plan(kind=RotationRun.Kind.NEW_KEY)) == {}
 
 
 # --- manners ------------------------------------------------------------------------

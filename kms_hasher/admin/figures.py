@@ -29,16 +29,6 @@ State = RotationRun.State
 #: States of a run whose figures still change.
 UNDER_WAY = (State.RUNNING, State.PAUSED)
 
-#: The command that goes on with a run of a kind.
-COMMANDS = {
-    RotationRun.Kind.REWRAP: "rotate_kms_key",
-    RotationRun.Kind.NEW_KEY: "rotate_kms_key --new-key",
-    RotationRun.Kind.TO_KEY: "rotate_kms_key --to {key}",
-    RotationRun.Kind.NEW_MATERIAL: "rotate_kms_key --new-material",
-    RotationRun.Kind.WRAP: "wrap_passwords",
-    RotationRun.Kind.UNWRAP: "unwrap_passwords",
-}
-
 #: What people call what is in `RotationRun.plan`.
 PLANNED = {
     "batch_size": _("rows read at a time"),
@@ -49,6 +39,10 @@ PLANNED = {
     "settle": _("seconds for a moved alias to spread"),
     "left": _("keys the alias may still lead to"),
     "material": _("key material"),
+    "spec": _("key spec"),
+    "mode": _("mode"),
+    "old": _("keys that are left"),
+    "data_keys_up_to": _("data keys that are replaced, up to number"),
 }
 
 #: The moment and the calls of an earlier look, as a page hands them back.
@@ -210,12 +204,6 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(formats.localize(value))
 
 
-def command(run: RotationRun) -> str:
-    """Return the command that goes on with the run."""
-    text = COMMANDS[RotationRun.Kind(run.kind)]
-    return f"manage.py {text.format(key=run.key.arn if run.key else 'KEY')}"
-
-
 def note(run: RotationRun) -> tuple[str, str]:
     """Return what to say of a run that waits for somebody, and the command to give."""
     if run.state in runs.ENDED:
@@ -225,7 +213,9 @@ def note(run: RotationRun) -> tuple[str, str]:
             return gettext("Its process waits to be told to go on."), ""
         return "", ""
     if runs.unfinished(RotationRun.Kind(run.kind), run.alias) == run:
-        return gettext("No process conducts it now. This goes on with it:"), command(run)
+        return gettext("No process conducts it now. This goes on with it:"), runs.command_of(
+            run
+        )
     return gettext(
         "No process conducts it now, and none will: it had no key yet, or a later run has "
         "taken its place."

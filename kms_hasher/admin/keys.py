@@ -38,6 +38,7 @@ class KeyAdmin(ReadOnlyAdmin):
         ("ref", "alias_now"),
         ("region", "account"),
         ("spec", "state"),
+        "fingerprint",
         ("first_seen", "last_seen"),
         "stored_passwords",
     )

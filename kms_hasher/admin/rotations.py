@@ -76,6 +76,12 @@ CANCELLED_ROWS = {
     ),
     RotationRun.Kind.WRAP: _("Each is sealed or still a stock hash, and both work."),
     RotationRun.Kind.UNWRAP: _("Each is a stock hash or still sealed, and both work."),
+    RotationRun.Kind.TO_MODE: _(
+        "Each is in the one or the other mode, and both work: keep the keys of both."
+    ),
+    RotationRun.Kind.NEW_DATA_KEYS: _(
+        "Each is under the one or the other data key, and both work: none of them is deleted."
+    ),
 }
 UNDER_EITHER_KEY = _(
     "Each is under the one or the other key, and both keys work: keep both. An alias that was "
@@ -264,13 +270,20 @@ class RotationAdmin(ReadOnlyAdmin):
             "run": run,
             "progress": figures.progress(run, figures.sums_of([run]).get(run.pk, Sums())),
             "rows": CANCELLED_ROWS.get(kind, UNDER_EITHER_KEY),
-            "command": AFTER_CANCEL.get(kind, "manage.py rotate_kms_key"),
+            "command": _after_cancel(run),
             "costs_material": kind == RotationRun.Kind.NEW_MATERIAL,
             "back": _url("change", run),
         }
         return TemplateResponse(
             request, "admin/kms_hasher/rotationrun/cancel_confirmation.html", context
         )
+
+
+def _after_cancel(run: RotationRun) -> str:
+    kind = RotationRun.Kind(run.kind)
+    if kind in (RotationRun.Kind.TO_MODE, RotationRun.Kind.NEW_DATA_KEYS):
+        return runs.command_of(run)
+    return AFTER_CANCEL.get(kind, "manage.py rotate_kms_key")
 
 
 def _url(name: str, run: RotationRun) -> str:

@@ -51,9 +51,14 @@ QUOTAS: Mapping[str, int] = {
     "eu-west-2": 20_000,
 }
 
+#: The lower of the two figures that are told for RSA keys.
+RSA_QUOTA = 500
+
 #: US dollars for 10,000 requests with symmetric keys. The free tier, 20,000 requests a month
 #: for the account, is left out: logins use it up, and it is worth 0.06 dollars.
 PRICE = 0.03
+#: The same for RSA keys of more than 2048 bits; for those of 2048 it is as above.
+OTHER_RSA_PRICE = 0.15
 #: US dollars a month for a key, until its deletion is scheduled. The first and the second new
 #: material of a key add as much; later ones nothing.
 KEY_PRICE = 1.0
@@ -118,13 +123,19 @@ class Estimate:
     rows_locked: int
 
 
-def quota_of(region: str) -> int:
+def quota_of(region: str, spec: str = "SYMMETRIC_DEFAULT") -> int:
     """
-    Return a Region's default request quota for symmetric keys, in requests a second.
+    Return a Region's default request quota for keys of this spec, in requests a second.
 
-    `region` is like "eu-central-1"; what AWS's table does not name has 10,000.
+    `region` is like "eu-central-1"; what AWS's table does not name has 10,000. That of RSA keys
+    is another, the same in all Regions; HMAC keys share that of symmetric ones.
     """
-    return QUOTAS.get(region, QUOTA)
+    return RSA_QUOTA if spec.startswith("RSA") else QUOTAS.get(region, QUOTA)
+
+
+def price_of(spec: str) -> float:
+    """Return US dollars for 10,000 requests with a key of this spec."""
+    return OTHER_RSA_PRICE if spec in ("RSA_3072", "RSA_4096") else PRICE
 
 
 def estimate(
@@ -137,6 +148,7 @@ def estimate(
     quota: int = QUOTA,
     per_process: float = PER_PROCESS,
     requests_per_call: int = REQUESTS_PER_CALL,
+    price: float = PRICE,
 ) -> Estimate:
     """
     Return what a re-wrap of so many rows takes, by the formula in this module's docstring.
@@ -168,7 +180,7 @@ def estimate(
         bound=bound,
         quota=quota,
         share=reached * requests_per_call / quota,
-        money=requests * PRICE / 10_000,
+        money=requests * price / 10_000,
         seconds=rows / reached,
         statements=math.ceil(rows / ROWS_PER_STATEMENT),
         rows_locked=min(rows, ROWS_PER_STATEMENT),

@@ -20,6 +20,7 @@ from kms_hasher import conf, encoding, keyring, modes
 from kms_hasher.calls import in_thread
 from kms_hasher.encoding import Header, SealedHash, data_key_number, split_refs
 from kms_hasher.exceptions import (
+    ConfigurationError,
     DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
@@ -35,6 +36,7 @@ from kms_hasher.exceptions import (
 )
 from kms_hasher.inner import is_stock
 from kms_hasher.models import Key, RotationRun
+from kms_hasher.modes.base import HMAC
 from kms_hasher.providers import base
 from kms_hasher.rotation.workers import Task
 
@@ -53,6 +55,10 @@ TOO_COSTLY = (
 NOT_STOCK = "{error}; it is sealed when its user next logs in, if it matches at all"
 
 ONE_WAY = "it holds a MAC, which gives no digest back"
+OTHER_MODE = (
+    "The run brings passwords into the mode {wanted!r}, and KMS_HASHER['MODE'] of this process "
+    "is {present!r}: give every worker the same settings and restart it."
+)
 
 #: Errors that come of one stored value, whatever the keys.
 _ROW_ERRORS = (InvalidCiphertext, InvalidRequest, MalformedHash)
@@ -230,10 +236,26 @@ class _Opening:
         raise NotImplementedError
 
     def blames_row(self, value: str, error: KMSHasherError) -> bool:
-        if isinstance(error, _KEY_ERRORS):
-            self._unusable[encoding.parse(value).key_ref] = error
+        if isinstance(error, _ROW_ERRORS):
             return True
-        return isinstance(error, _ROW_ERRORS)
+        stored = encoding.parse(value)
+        if stored.key_ref in self._unusable:
+            return True
+        if isinstance(error, _KEY_ERRORS):
+            blamed = self.can_seal()
+        elif isinstance(error, KMSAccessDenied) and error.operation == "Decrypt":
+            # As for a re-wrap: a forged row may name any key.
+            names_key = modes.by_code(stored.mode).names_key
+            blamed = names_key and not Key.objects.filter(ref=_outer(stored)).exists()
+        else:
+            return False
+        if blamed:
+            self._unusable[stored.key_ref] = error
+        return blamed
+
+    def can_seal(self) -> bool:
+        """Return whether the keys that the new values are sealed with are in order."""
+        return True
 
     def check(self) -> None:
         pass
@@ -262,13 +284,17 @@ class Unwrap(_Opening):
 
 class Convert(_Opening):
     """
-    Bring all sealed passwords into the mode that the settings name, and where it has data
-    keys, to one that is newer than `after`.
+    Bring all sealed passwords into a mode, which must be that of the settings, and where it
+    has data keys, to one that is newer than `after`. Raises `ConfigurationError`.
     """
 
-    def __init__(self, *, after: int | None = None) -> None:
+    def __init__(self, mode: str, *, after: int | None = None) -> None:
         super().__init__()
-        self._target, self._after = modes.by_name(conf.get().mode), after
+        self._settings = conf.get()
+        if mode != self._settings.mode:
+            text = OTHER_MODE.format(wanted=mode, present=self._settings.mode)
+            raise ConfigurationError(text)
+        self._target, self._after = modes.by_name(mode), after
 
     def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
         found = _passwords(rows, name)
@@ -288,18 +314,37 @@ class Convert(_Opening):
         return self._after is not None and data_key_number(stored.key_ref) <= self._after
 
     def call(self, stored: SealedHash) -> Callable[[], str]:
-        if modes.by_code(stored.mode).names_key:
-            self.sources |= {ref for ref in split_refs(stored.key_ref) if ref}
-        convert = keyring.converter(stored, purpose="rotate")
-        return lambda: str(convert())
+        convert, source = (
+            keyring.converter(stored, purpose="rotate"),
+            modes.by_code(stored.mode),
+        )
+
+        def converted() -> str:
+            new = str(convert())
+            if source.names_key and source.spec != HMAC:  # moved with its MAC, it keeps that
+                self.sources.add(_outer(stored))
+            return new
+
+        return converted
+
+    def can_seal(self) -> bool:
+        settings = self._settings
+        names = [settings.key]
+        if settings.mode == "mac_in_direct":
+            names.append(settings.mac_key)
+        return all(map(_is_enabled, names))
 
 
 def of(run: RotationRun) -> Rewrap | Wrap | Unwrap | Convert:
-    """Return the job of a run, for any process that works on it."""
+    """
+    Return the job of a run, for any process that works on it.
+
+    Raises `ConfigurationError` if the settings of this process are not those of the run.
+    """
     if run.kind == RotationRun.Kind.TO_MODE:
-        return Convert()
+        return Convert(run.plan["mode"])
     if run.kind == RotationRun.Kind.NEW_DATA_KEYS:
-        return Convert(after=run.plan["data_keys_up_to"])
+        return Convert(run.plan["mode"], after=run.plan["data_keys_up_to"])
     if run.kind == RotationRun.Kind.WRAP:
         return Wrap()
     if run.kind == RotationRun.Kind.UNWRAP:

@@ -15,8 +15,9 @@ from django.utils import timezone
 
 from kms_hasher import columns, conf, encoding, history, keyring, modes
 from kms_hasher.encoding import ARN
-from kms_hasher.exceptions import AlreadyExists, KeyNotFound, RotationRefused
+from kms_hasher.exceptions import AlreadyExists, KeyNotFound, KMSError, RotationRefused
 from kms_hasher.models import Key
+from kms_hasher.modes import public_key
 from kms_hasher.providers import base
 
 #: Described on a key that is made where there was none.
@@ -79,6 +80,33 @@ def make_like(present: base.Key | None) -> base.Key:
     return key
 
 
+def record(key: base.Key) -> Key:
+    """
+    Return the row of a key as described, made if it is new; that of an RSA key has the
+    fingerprint of its public half, where KMS may be asked for it.
+    """
+    row = history.record_key(key.key_arn, timezone.now(), key)
+    if key.spec.startswith("RSA") and not row.fingerprint:
+        with contextlib.suppress(KMSError):
+            row.fingerprint = public_key.fingerprint(public_half(key.key_arn))
+            Key.objects.filter(pk=row.pk).update(fingerprint=row.fingerprint)
+    return row
+
+
+def fingerprint_of(pem: str) -> str:
+    """Return the fingerprint of a public key in PEM. Raises `ConfigurationError`."""
+    from cryptography.hazmat.primitives import serialization
+
+    der = serialization.PublicFormat.SubjectPublicKeyInfo
+    key = public_key.load(pem)
+    return public_key.fingerprint(key.public_bytes(serialization.Encoding.DER, der))
+
+
+def public_half(arn: str) -> bytes:
+    """Return the SubjectPublicKeyInfo of an RSA key, from KMS. Raises `KMSError`."""
+    return keyring.kms("rotate").get_public_key(arn).der
+
+
 def move_alias(alias: str, key: base.Key, present: base.Key | None) -> None:
     """
     Point the alias to the key and record it; make the alias if there is none.
@@ -94,8 +122,7 @@ def move_alias(alias: str, key: base.Key, present: base.Key | None) -> None:
             kms.create_alias(name, key.key_arn)
         except AlreadyExists:
             raise RotationRefused(ALIAS_EXISTS.format(alias=alias, arn=key.key_arn)) from None
-    now = timezone.now()
-    history.record_alias(alias, history.record_key(key.key_arn, now, key), now, moved=True)
+    history.record_alias(alias, record(key), timezone.now(), moved=True)
 
 
 def renew_material(key: base.Key) -> base.Key:

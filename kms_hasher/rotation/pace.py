@@ -65,9 +65,16 @@ class Pace:
         self._next = turn + self._interval
         return turn - now
 
-    def note(self, events: Sequence[signals.Event]) -> None:
-        """Take note of what a task's calls reported."""
+    def note(self, events: Sequence[signals.Event], turns: int | None = None) -> None:
+        """
+        Take note of what a task's calls reported, for which it had so many turns: where one
+        made two calls or none, the next turns come later or earlier.
+        """
         self._finished += 1
+        made = sum(event.operation != signals.CIRCUIT_BREAKER for event in events)
+        more = 0 if turns is None else made - turns
+        self.calls += more
+        self._next += more * self._interval
         for event in events:
             # More than one id: the provider had to make the call again.
             if event.outcome == signals.UNAVAILABLE or len(event.request_ids) > 1:

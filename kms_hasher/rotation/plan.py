@@ -5,7 +5,7 @@ What a rotation is going to do, found out without changing or recording anything
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from django.utils import timezone
@@ -13,9 +13,10 @@ from django.utils import timezone
 from kms_hasher import columns, conf, encoding, history, keyring, modes
 from kms_hasher.columns import Column, Group
 from kms_hasher.exceptions import KeyNotFound, RotationRefused
-from kms_hasher.models import AliasPeriod, RotationRun
+from kms_hasher.models import AliasPeriod, Key, RotationRun
 from kms_hasher.providers import base
-from kms_hasher.rotation import keys, runs
+from kms_hasher.rotation import costs, keys, runs
+from kms_hasher.rotation.engine import width_of
 
 NO_ALIAS = (
     "{alias} does not exist. `manage.py rotate_kms_key --new-key` makes it and a key behind it."
@@ -37,7 +38,7 @@ ELSEWHERE = (
 )
 WRONG_KIND = (
     "The key {arn} is {spec} for {usage}; the mode {mode!r} needs a key that is {wanted} for "
-    "{wanted_usage}. Let KEY name such a key."
+    "{wanted_usage}. Let {setting} name such a key."
 )
 OTHER_MODE = (
     "KMS_HASHER['MODE'] is {present!r}, so that new passwords are still sealed in that mode. "
@@ -46,6 +47,20 @@ OTHER_MODE = (
 )
 NO_DATA_KEYS = 'There are no data keys in the mode {mode!r}; they are of the mode "envelope".'
 NO_MATERIAL = "Only symmetric keys have key material that can be rotated; use --new-key."
+NO_MAC_KEY = "MAC_KEY leads to {key!r}, which does not exist in this account and Region."
+TOO_NARROW = (
+    "{column} holds {width} characters, and values of the mode {mode!r} need up to {needed}: "
+    "migrate, or run widen_password_column. Nothing was done."
+)
+
+#: Key specs that will do, by the class that a mode needs.
+SPECS = {
+    "SYMMETRIC": (base.SYMMETRIC_DEFAULT,),
+    "RSA": ("RSA_2048", "RSA_3072", "RSA_4096"),
+    "HMAC": ("HMAC_256",),
+}
+
+MAC = modes.MODES["mac"].code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +83,10 @@ class Plan:
     resumes: bool = False
     begun: RotationRun | None = None
     previous: str = ""
+    #: In the mode `mac_in_direct`: the ref of the key that MAC_KEY leads to.
+    mac_ref: str = ""
+    #: Refs of keys that earlier runs into the same mode have left, or were to leave.
+    former: frozenset[str] = frozenset()
     counts: Mapping[Column, Counter[Group]] = field(default_factory=dict)
 
     @property
@@ -108,6 +127,21 @@ class Plan:
         return self.kind == RotationRun.Kind.NEW_MATERIAL or group.key_ref != target
 
     @property
+    def calls(self) -> Counter[str]:
+        """How many calls of which operation of KMS that makes, if none is made again."""
+        if self.rewraps:
+            return +Counter(ReEncrypt=self.total)
+        if self.kind == RotationRun.Kind.NEW_DATA_KEYS:
+            return costs.renewing(self.total)
+        rows: Counter[str] = Counter()
+        for counted in self.counts.values():
+            for group, number in counted.items():
+                if self._is_meant(group):
+                    rows[modes.name_of(group.mode)] += number
+        moves = (costs.moving(name, self.mode, number) for name, number in rows.items())
+        return sum(moves, Counter())
+
+    @property
     def rewraps(self) -> bool:
         """Whether KMS does it by ReEncrypt; else what is sealed is opened and sealed again."""
         kinds = (RotationRun.Kind.TO_MODE, RotationRun.Kind.NEW_DATA_KEYS)
@@ -125,28 +159,54 @@ class Plan:
         How many passwords no run can move: each moves when its user next signs in, or changes
         it. They hold a MAC made by another key, or are to leave a mode that holds one.
         """
+        return sum(number for group, number in self._passwords() if self._waits(group))
+
+    def _waits(self, group: Group) -> bool:
+        if modes.name_of(group.mode) != self.mode:
+            return modes.is_known(group.mode) and not modes.converts(group.mode, self.mode)
+        if group.mac_ref:
+            return group.mac_ref != self.mac_ref
         target = encoding.key_ref(self.target.key_id) if self.target else None
-        number = 0
+        return group.mode == MAC and group.key_ref != target
+
+    @property
+    def elsewhere(self) -> int:
+        """How many passwords are in other modes, from which a run can move them."""
+        passwords = self._passwords()
+        return sum(n for group, n in passwords if modes.converts(group.mode, self.mode))
+
+    def _passwords(self) -> Iterator[tuple[Group, int]]:
         for counted in self.counts.values():
-            for group, rows in counted.items():
-                if not group.is_password or not modes.is_known(group.mode):
-                    continue
-                if self.kind == RotationRun.Kind.TO_MODE:
-                    same = modes.name_of(group.mode) == self.mode
-                    waits = not same and not modes.converts(group.mode, self.mode)
-                else:
-                    waits = group.mode == "m1" and group.key_ref != target
-                number += rows if waits else 0
-        return number
+            yield from ((each, n) for each, n in counted.items() if each.is_password)
 
     def old_refs(self) -> set[str]:
         """Return the refs of keys the alias has left or is to leave."""
         arns = {self.previous}
         if self.moves_alias and self.present:
             arns.add(self.present.key_arn)
-        if self.target:
-            arns.discard(self.target.key_arn)
-        return {encoding.key_ref(arn) for arn in arns if arn}
+        refs = {encoding.key_ref(arn) for arn in arns if arn} | self.former
+        if self.kind == RotationRun.Kind.TO_MODE:
+            refs |= self.refs_of_other_modes()
+        kept = {encoding.key_ref(self.target.key_id)} if self.target else set()
+        return refs - kept - {self.mac_ref}
+
+    def refs_of_other_modes(self) -> set[str]:
+        """
+        Return the refs of the keys that rows need which are not in the mode of the plan.
+
+        Those that KMS has answered with alone: a forged row may name any key of the account,
+        which nobody is to disable for that.
+        """
+        mode, refs = modes.by_name(self.mode), set[str]()
+        for counted in self.counts.values():
+            for group in counted:
+                if group.is_password and group.mode != mode.code and modes.is_known(group.mode):
+                    kept = {group.mac_ref or group.key_ref} if mode.core == "mac" else set()
+                    moved_with_mac = modes.by_code(group.mode).core == "mac"
+                    refs |= {group.key_ref, group.mac_ref} - (kept if moved_with_mac else set())
+                elif group.algorithm == encoding.DATA_KEY and mode.names_key:
+                    refs.add(group.key_ref)
+        return set(Key.objects.filter(ref__in=refs).values_list("ref", flat=True))
 
 
 def make(
@@ -182,11 +242,17 @@ def make(
         kind, target, resumes = _target(settings, present, new_key, to, new_material)
     if target is not None:
         _check(target, present)
-        _check_mode(target, settings.mode)
+    if like := target or present:
+        check_mode(like, settings.mode)
+    mac = mac_key(settings)
+    if to_mode:
+        _check_widths(to_mode)
     previous = history.previous_key(settings.alias) if settings.alias else None
     begun = runs.unfinished(kind, settings.alias)
     if begun and begun.key and (not target or begun.key.arn != target.key_arn):
         begun = None
+    if begun and begun.plan.get("mode", settings.mode) != settings.mode:
+        begun = None  # its cursors have passed rows that are to be moved now
     return Plan(
         kind=kind,
         mode=settings.mode,
@@ -196,6 +262,8 @@ def make(
         resumes=resumes,
         begun=begun if begun and not runs.is_live(begun) else None,
         previous=previous.arn if previous else "",
+        mac_ref=encoding.key_ref(mac.key_id) if mac else "",
+        former=_former(to_mode) if to_mode else frozenset(),
         counts={column: columns.count(column) for column in columns.columns()},
     )
 
@@ -260,19 +328,62 @@ def _check(target: base.Key, present: base.Key | None) -> None:
         raise RotationRefused(ELSEWHERE.format(arn=target.key_arn, present=present.key_arn))
 
 
-def _check_mode(target: base.Key, name: str) -> None:
+def check_mode(target: base.Key, name: str) -> None:
+    """Raise `RotationRefused` if passwords of the mode cannot be sealed by such a key."""
     mode = modes.by_name(name)
-    if (_class(target.spec), target.usage) != (mode.spec, mode.usage):
+    _check_kind(target, mode.spec, mode.usage, name, "KEY")
+
+
+def _check_kind(key: base.Key, wanted: str, usage: str, mode: str, setting: str) -> None:
+    specs = SPECS[wanted]
+    if key.spec not in specs or key.usage != usage:
         raise RotationRefused(
             WRONG_KIND.format(
-                arn=target.key_arn,
-                spec=target.spec,
-                usage=target.usage,
-                mode=name,
-                wanted=mode.spec,
-                wanted_usage=mode.usage,
+                arn=key.key_arn,
+                spec=key.spec,
+                usage=key.usage,
+                mode=mode,
+                wanted=" or ".join(specs),
+                wanted_usage=usage,
+                setting=setting,
             )
         )
+
+
+def mac_key(settings: conf.Conf) -> base.Key | None:
+    """
+    Return the key that MAC_KEY leads to, where the mode has one.
+
+    Raises `RotationRefused` if it is not fit for that, and `KMSError`.
+    """
+    if settings.mode != "mac_in_direct":
+        return None
+    try:
+        key = keyring.kms("rotate").describe_key(settings.mac_key)
+    except KeyNotFound:
+        raise RotationRefused(NO_MAC_KEY.format(key=settings.mac_key)) from None
+    if key.state != "Enabled":
+        raise RotationRefused(NOT_ENABLED.format(arn=key.key_arn, state=key.state))
+    mac = modes.by_name("mac")
+    _check_kind(key, mac.spec, mac.usage, settings.mode, "MAC_KEY")
+    return key
+
+
+def _check_widths(mode: str) -> None:
+    """Raise `RotationRefused` before KMS is asked for values that no column could hold."""
+    needed = modes.width(mode)
+    for column in columns.columns():
+        width = width_of(column)
+        if width is not None and width < needed:
+            text = TOO_NARROW.format(column=column, width=width, needed=needed, mode=mode)
+            raise RotationRefused(text)
+
+
+def _former(mode: str) -> frozenset[str]:
+    """Return the refs of keys that earlier runs into the mode have noted as left."""
+    plans = RotationRun.objects.filter(kind=RotationRun.Kind.TO_MODE).values_list("plan")
+    found = (plan.get("old", ()) for (plan,) in plans if plan.get("mode") == mode)
+    return frozenset(ref for refs in found for ref in refs)
 
 
 def _class(spec: str) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from django.utils import timezone
 
-from kms_hasher import conf, data_keys, encoding, history
+from kms_hasher import conf, data_keys, encoding, history, modes
 from kms_hasher.models import Key, RotationRun
 from kms_hasher.modes import public_key
 from kms_hasher.providers import base
@@ -55,7 +55,7 @@ def rotate(
         if plan.kind == RotationRun.Kind.NEW_MATERIAL and not plan.resumes:
             target = keys.renew_material(target)
         record.write(
-            key=history.record_key(target.key_arn, timezone.now(), target),
+            key=keys.record(target),
             plan=sweeps.plan_of(options, **_plan_of(plan, target, left, record.row)),
         )
         if plan.moves_alias:
@@ -75,7 +75,7 @@ def rotate(
         else:  # it was counted a moment ago: nothing is under another key
             yield Progress()
         old = plan.old_refs() | sweeps.sources(record.row)
-    return Rotated(target, frozenset(old - {encoding.key_ref(target.key_id)}))
+    return Rotated(target, frozenset(old - {encoding.key_ref(target.key_id), plan.mac_ref}))
 
 
 def _plan_of(
@@ -85,7 +85,12 @@ def _plan_of(
         "left": left,
         "material": target.key_material_id,
         "spec": target.spec,
+        "mode": plan.mode,
     }
+    if plan.kind == RotationRun.Kind.TO_MODE:
+        found["old"] = sorted(plan.old_refs())
+        if modes.by_name(plan.mode).names_key:  # no more is to come under data keys
+            data_keys.retire()
     if plan.kind == RotationRun.Kind.NEW_DATA_KEYS:
         # A run that goes on must not take those for old that it has begun to use.
         before = run.plan.get("data_keys_up_to")

@@ -20,7 +20,7 @@ from django.db import DatabaseError
 from django.db.models import Sum
 from django.utils import timezone
 
-from kms_hasher import conf, history
+from kms_hasher import history
 from kms_hasher.exceptions import KMSHasherError, RotationCancelled, RotationRefused
 from kms_hasher.models import Key, RotationRun, RotationShard
 from kms_hasher.rotation import shards
@@ -194,13 +194,14 @@ def find(run_id: int | None = None) -> RotationRun:
 
 def command_of(run: RotationRun) -> str:
     """Return the command that goes on with a run that no process conducts."""
+    mode = run.plan.get("mode", "...") if isinstance(run.plan, dict) else "..."
     wishes = {
         RotationRun.Kind.NEW_KEY: "rotate_kms_key --new-key",
         RotationRun.Kind.TO_KEY: f"rotate_kms_key --to {run.key.arn if run.key else '...'}",
         RotationRun.Kind.NEW_MATERIAL: "rotate_kms_key --new-material",
         RotationRun.Kind.WRAP: "wrap_passwords",
         RotationRun.Kind.UNWRAP: "unwrap_passwords",
-        RotationRun.Kind.TO_MODE: f"rotate_kms_key --to-mode {conf.get().mode}",
+        RotationRun.Kind.TO_MODE: f"rotate_kms_key --to-mode {mode}",
         RotationRun.Kind.NEW_DATA_KEYS: "rotate_kms_key --new-data-keys",
     }
     return f"manage.py {wishes.get(RotationRun.Kind(run.kind), 'rotate_kms_key')}"

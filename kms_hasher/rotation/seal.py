@@ -8,14 +8,13 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 
 from django.contrib.auth.hashers import get_hashers
-from django.utils import timezone
 
-from kms_hasher import columns, encoding, history, keyring, modes
+from kms_hasher import columns, encoding, keyring, modes
 from kms_hasher.conf import get as get_conf
 from kms_hasher.exceptions import RotationRefused
 from kms_hasher.inner import HASHERS
 from kms_hasher.models import Key, RotationRun
-from kms_hasher.rotation import jobs, runs, sweeps
+from kms_hasher.rotation import costs, jobs, keys, runs, sweeps
 from kms_hasher.rotation.engine import Options, width_of
 from kms_hasher.rotation.sweeps import Enlist, Progress
 
@@ -61,6 +60,25 @@ def count_sealed() -> int:
     return sum(number for group, number in _groups().items() if group.is_password)
 
 
+def count_macs() -> int:
+    """Return how many of them hold a MAC, so that they cannot be unwrapped."""
+    groups = _groups().items()
+    return sum(n for group, n in groups if group.is_password and _core(group) == "mac")
+
+
+def calls_of_unwrap() -> Counter[str]:
+    """Return how many calls of which operation of KMS unwrapping takes."""
+    rows: Counter[str] = Counter()
+    for group, number in _groups().items():
+        if group.is_password and _core(group) == "digest":
+            rows[modes.name_of(group.mode)] += number
+    return sum((costs.opening(mode, number) for mode, number in rows.items()), Counter())
+
+
+def _core(group: columns.Group) -> str:
+    return modes.by_code(group.mode).core if modes.is_known(group.mode) else ""
+
+
 def check_wrap() -> list[str]:
     """
     Return warnings about sealing the stock hashes.
@@ -101,7 +119,7 @@ def wrap(
     check_wrap()
     settings = get_conf()
     described = keyring.kms("wrap").describe_key(settings.key)
-    key = history.record_key(described.key_arn, timezone.now(), described)
+    key = keys.record(described)
     yield from _run(RotationRun.Kind.WRAP, options, started_by, enlist, count_stock(), key)
 
 

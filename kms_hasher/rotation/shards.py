@@ -179,7 +179,7 @@ def column_of(shard: RotationShard) -> Column:
     """Return the shard's column. Raises `ConfigurationError` if the settings lack it."""
     for field in (*columns.fields(), columns.data_key_field()):
         column = Column(field.model, field, shard.database)
-        if column.label == shard.column and shard.database in columns.databases():
+        if column.label == shard.column and shard.database in columns.databases(field.model):
             return column
     raise ConfigurationError(NO_COLUMN.format(label=shard.column, database=shard.database))
 

@@ -5,9 +5,7 @@ How things stand: the key, what may be done with it, the columns, and who needs 
 from __future__ import annotations
 
 import datetime
-import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from django.contrib.auth.hashers import get_hashers
@@ -18,18 +16,17 @@ from django.utils import timezone
 from kms_hasher import columns, conf, encoding, keyring, modes, signals, users
 from kms_hasher.columns import Group
 from kms_hasher.exceptions import (
-    DryRunOperation,
+    ConfigurationError,
     KeyNotFound,
-    KMSAccessDenied,
     KMSError,
     KMSHasherError,
     MalformedHash,
+    RotationRefused,
 )
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
+from kms_hasher.models import AliasPeriod, AuditEvent, DataKey, Key, RotationRun
 from kms_hasher.providers import base
-from kms_hasher.rotation import keys, plan, runs
-
-ALLOWED, DENIED, NOT_CHECKED = "allowed", "denied", "not checked"
+from kms_hasher.rotation import keys, permissions, plan, runs
+from kms_hasher.rotation.permissions import DENIED
 
 #: So many of the alias's last moves are told.
 MOVES = 5
@@ -39,7 +36,10 @@ NOT_ENABLED = "The key {arn} is {state}: no password can be set or checked with 
 PERMISSION_DENIED = "{operation} is denied: check the IAM policy and the key policy."
 NOT_TOLD = "Whether {operation} is allowed cannot be told: {error}"
 NO_COLUMN = "{column} has no column in the database: migrate."
-NARROW = "{column} holds {width} characters, and a sealed password may need {needed}: migrate."
+NARROW = (
+    "{column} holds {width} characters, and a sealed password may need {needed}: migrate, or "
+    "run widen_password_column."
+)
 NO_HASHER = "{number} passwords were made by the hasher {algorithm!r}, not in PASSWORD_HASHERS."
 NO_MODE = (
     "{number} passwords are sealed in the mode {mode!r}, which this version does not know."
@@ -58,11 +58,25 @@ UNKNOWN_KEY = (
 UNDESCRIBED = "The key {key} cannot be described: {error}"
 LAST_RUN = "The last run ({run}) is {state}{error}. Run it again to go on."
 UNSEALED = (
-    "{number} passwords are not sealed: `manage.py wrap_passwords` seals those of Django's "
-    "Argon2 hasher, the next login all others."
+    "{number} passwords are not sealed: `manage.py wrap_passwords` seals those of each of "
+    "Django's hashers that a listed one seals, the next login all others."
 )
-UNFINISHED = "{number} passwords are under another key: `manage.py rotate_kms_key`."
-
+UNFINISHED = "{number} {what} are under another key: `manage.py rotate_kms_key`."
+OTHER_MODE = (
+    "{number} passwords are sealed in other modes: `manage.py rotate_kms_key --to-mode {mode}`."
+)
+WAITING = (
+    "{number} passwords hold a MAC that no run can move: each moves when its user next signs "
+    "in or sets a password."
+)
+RETIRED = (
+    "{number} data keys are retired: `manage.py rotate_kms_key --prune-data-keys` deletes "
+    "those that no stored password names."
+)
+OTHER_HALF = (
+    "KMS_HASHER['PUBLIC_KEY'] is not the public half of {arn}: what is sealed with it can "
+    "never be opened. Users whose passwords were set with it need new ones."
+)
 
 BREAKER = (
     "The circuit breaker of Region {region!r} opened at {time:%Y-%m-%d %H:%M} in a process of "
@@ -81,12 +95,28 @@ class ColumnStatus:
 
 @dataclass
 class KeyStatus:
-    """A key that stored passwords need; `arn` is "" where nobody knows it."""
+    """
+    A key that stored values need; `arn` is "" where nobody knows it. `rows` is how many
+    passwords, `data_keys` how many data keys; `macs` how many of the passwords hold a MAC that
+    it made.
+    """
 
     ref: str
     arn: str
     state: str
-    rows: int
+    rows: int = 0
+    data_keys: int = 0
+    macs: int = 0
+
+
+@dataclass
+class DataKeys:
+    """How many data keys there are; `oldest` is when the oldest of the open ones was made."""
+
+    number: int
+    open: int
+    retired: int
+    oldest: datetime.datetime | None
 
 
 @dataclass
@@ -102,12 +132,15 @@ class Status:
     mode: str
     alias: str = ""
     described: base.Key | None = None
+    fingerprint: str = ""
+    mac_key: base.Key | None = None
     moves: list[tuple[str, datetime.datetime, datetime.datetime | None]] = field(
         default_factory=list
     )
     permissions: dict[str, str] = field(default_factory=dict)
     columns: list[ColumnStatus] = field(default_factory=list)
     keys: list[KeyStatus] = field(default_factory=list)
+    data_keys: DataKeys | None = None
     last: RotationRun | None = None
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -115,7 +148,8 @@ class Status:
 
 def look(*, permissions: bool = True) -> Status:
     """
-    Return how things stand. Changes nothing; a few calls to KMS, one of them an Encrypt.
+    Return how things stand. Changes nothing, but for the fingerprint of an RSA key that is
+    noted; a few calls to KMS, one of which seals a probe.
 
     What is wrong is in `problems`; raises `ConfigurationError` if the settings cannot work.
     """
@@ -133,55 +167,60 @@ def look(*, permissions: bool = True) -> Status:
         status.problems.append(text)
     else:
         _look_at_key(status, status.described, permissions)
+    _look_at_mac_key(status, settings)
     if settings.alias:
         periods = AliasPeriod.objects.filter(alias=settings.alias).select_related("key")
         status.moves = [(each.key.arn, each.since, each.until) for each in periods[:MOVES]]
     _look_at_columns(status)
     _look_at_keys(status)
+    _look_at_data_keys(status)
     _look_at_last_run(status)
     _look_at_breakers(status)
     return status
 
 
 def _look_at_key(status: Status, key: base.Key, permissions: bool) -> None:
+    try:
+        plan.check_mode(key, status.mode)
+    except RotationRefused as refused:
+        status.problems.append(str(refused))
+    if key.spec.startswith("RSA"):
+        _look_at_public_half(status, key)
     if key.state != "Enabled":
         status.problems.append(NOT_ENABLED.format(arn=key.key_arn, state=key.state))
     elif permissions:
         _try_permissions(status, key.key_arn)
 
 
-def _try_permissions(status: Status, arn: str) -> None:
-    kms = keyring.kms("status")
-    context = {"application": "kms_hasher", "use": "status"}
-    probe, blob = os.urandom(32), b""
-
-    def attempt(operation: str, call: Callable[[], object]) -> None:
-        status.permissions[operation] = NOT_CHECKED
-        try:
-            call()  # moto and others ignore DryRun: it is allowed, and done
-        except DryRunOperation:
-            pass
-        except KMSAccessDenied:
-            status.permissions[operation] = DENIED
-            status.problems.append(PERMISSION_DENIED.format(operation=operation))
-            return
-        except KMSError as error:
-            status.problems.append(NOT_TOLD.format(operation=operation, error=error))
-            return
-        status.permissions[operation] = ALLOWED
-
-    def encrypt() -> None:
-        nonlocal blob
-        blob = kms.encrypt(status.key, probe, context).ciphertext
-
-    attempt("Encrypt", lambda: kms.encrypt(status.key, probe, context, dry_run=True))
-    if status.permissions["Encrypt"] == ALLOWED:
-        attempt("Encrypt", encrypt)
-    if not blob:
-        status.permissions.update(Decrypt=NOT_CHECKED, ReEncrypt=NOT_CHECKED)
+def _look_at_public_half(status: Status, key: base.Key) -> None:
+    status.fingerprint = keys.record(key).fingerprint
+    pem = conf.get().public_key
+    if status.mode != "public_key" or not pem or not status.fingerprint:
         return
-    attempt("Decrypt", lambda: kms.decrypt(arn, blob, context, dry_run=True))
-    attempt("ReEncrypt", lambda: kms.re_encrypt(arn, blob, context, arn, context, dry_run=True))
+    try:
+        same = keys.fingerprint_of(pem) == status.fingerprint
+    except ConfigurationError as error:
+        status.problems.append(str(error))
+    else:
+        if not same:
+            status.problems.append(OTHER_HALF.format(arn=key.key_arn))
+
+
+def _look_at_mac_key(status: Status, settings: conf.Conf) -> None:
+    try:
+        status.mac_key = plan.mac_key(settings)
+    except (RotationRefused, KMSHasherError) as error:
+        status.problems.append(str(error))
+
+
+def _try_permissions(status: Status, arn: str) -> None:
+    trial = permissions.Trial(arn).run()
+    status.permissions = trial.answers
+    for operation, answer in trial.answers.items():
+        if answer == DENIED:
+            status.problems.append(PERMISSION_DENIED.format(operation=operation))
+    for operation, error in trial.errors.items():
+        status.problems.append(NOT_TOLD.format(operation=operation, error=error))
 
 
 def _look_at_columns(status: Status) -> None:
@@ -221,35 +260,79 @@ def _look_at_hashers(status: Status) -> None:
 
 
 def _look_at_keys(status: Status) -> None:
-    rows: Counter[str] = Counter()
+    needed: dict[str, KeyStatus] = {}
     for group, number in _counted(status).items():
-        if group.is_sealed and group.key_ref:
-            rows[group.key_ref] += number
-        if group.mac_ref:
-            rows[group.mac_ref] += number
-    present = encoding.key_ref(status.described.key_id) if status.described else ""
+        if not group.is_sealed:
+            continue
+        outer, mac = group.key_ref, group.mac_ref or (group.mode == plan.MAC and group.key_ref)
+        for ref in {outer, mac} - {"", False}:
+            found = needed.setdefault(str(ref), KeyStatus(str(ref), "", ""))
+            if group.is_password:
+                found.rows += number
+                found.macs += number if ref == mac else 0
+            else:
+                found.data_keys += number
     damaged = 0
-    for ref, number in rows.most_common():
+    known = {
+        encoding.key_ref(key.key_id): key for key in (status.described, status.mac_key) if key
+    }
+    for ref, found in sorted(needed.items(), key=lambda each: (-each[1].rows, each[0])):
         try:
             key_id = encoding.key_id(ref)
         except MalformedHash:
-            damaged += number
+            damaged += found.rows + found.data_keys
             continue
-        if ref == present and status.described:
-            described = status.described
-            status.keys.append(KeyStatus(ref, described.key_arn, described.state, number))
+        status.keys.append(found)
+        if key := known.get(ref):
+            found.arn, found.state = key.key_arn, key.state
         else:
-            status.keys.append(_look_at_key_of_rows(status, ref, key_id, number))
+            _look_at_key_of_rows(status, found, key_id)
     if damaged:
         status.problems.append(DAMAGED.format(number=damaged))
-    if present and (others := sum(rows.values()) - rows[present] - damaged):
-        status.notes.append(UNFINISHED.format(number=others))
+    if status.described:
+        _look_at_what_is_left(status, status.described, damaged)
 
 
-def _look_at_key_of_rows(status: Status, ref: str, key_id: str, number: int) -> KeyStatus:
-    name = conf.get().key_for(key_id)
-    seen = Key.objects.filter(ref=ref).first()
-    found = KeyStatus(ref, seen.arn if seen else "", "", number)
+def _look_at_what_is_left(status: Status, present: base.Key, damaged: int) -> None:
+    """Note what a run would move, and what none can."""
+    counts, mac = {None: _counted(status)}, status.mac_key
+    rewrap = plan.Plan(
+        kind=RotationRun.Kind.REWRAP,
+        mode=status.mode,
+        present=present,
+        target=present,
+        mac_ref=encoding.key_ref(mac.key_id) if mac else "",
+        counts=counts,  # type: ignore[arg-type]  # of all columns together
+    )
+    if others := max(rewrap.total - damaged, 0):
+        what = "data keys" if status.mode == "envelope" else "passwords"
+        status.notes.append(UNFINISHED.format(number=others, what=what))
+    if others := rewrap.elsewhere:
+        status.notes.append(OTHER_MODE.format(number=others, mode=status.mode))
+    if others := rewrap.waiting:
+        status.notes.append(WAITING.format(number=others))
+
+
+def _look_at_data_keys(status: Status) -> None:
+    rows = DataKey.objects.all()
+    number, retired = rows.count(), rows.exclude(retired_at=None).count()
+    if not number and status.mode != "envelope":
+        return
+    settings = conf.get()
+    since = timezone.now() - datetime.timedelta(days=settings.data_key_days)
+    usable = rows.filter(
+        retired_at=None, made_at__gt=since, uses__lt=settings.data_key_users
+    ).order_by("made_at")
+    oldest = usable.values_list("made_at", flat=True).first()
+    status.data_keys = DataKeys(number, usable.count(), retired, oldest)
+    if retired:
+        status.notes.append(RETIRED.format(number=retired))
+
+
+def _look_at_key_of_rows(status: Status, found: KeyStatus, key_id: str) -> None:
+    name, number = conf.get().key_for(key_id), found.rows + found.data_keys
+    seen = Key.objects.filter(ref=found.ref).first()
+    found.arn = seen.arn if seen else ""
     try:
         described = keyring.kms("status").describe_key(name)
     except KeyNotFound:
@@ -267,7 +350,6 @@ def _look_at_key_of_rows(status: Status, ref: str, key_id: str, number: int) -> 
         if described.state != "Enabled":
             text = UNUSABLE.format(number=number, arn=found.arn, state=found.state)
             status.problems.append(text)
-    return found
 
 
 def _leads_to(arn: str, present: str) -> bool:

@@ -36,7 +36,7 @@ from kms_hasher.rotation.workers import Outcome, Task, Workers
 #: Rows of each column that are opened where nobody says how many.
 SAMPLE = 1000
 
-ENVELOPE = modes.MODES["envelope"].code
+ENVELOPE, MAC = modes.MODES["envelope"].code, modes.MODES["mac"].code
 
 #: Rows read at a time.
 PAGE = 500
@@ -56,26 +56,31 @@ _OF_A_ROW = (
 @dataclass
 class Verified:
     """
-    What was found. `under` counts the rows under the target, `others` those under other
-    keys by ref, `opened` those that were opened again; `bad` could not be.
+    What was found. `under` counts the rows under the target, `others` those by ref that
+    another run would bring there, `apart` those that it would not: in other modes, or a MAC
+    by another key. `opened` were opened again, `bad` could not be; `unseen` hold a MAC alone,
+    which opens nothing.
     """
 
     under: int = 0
     others: Counter[str] = field(default_factory=Counter)
+    apart: int = 0
     opened: int = 0
+    unseen: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
     @property
     def is_complete(self) -> bool:
-        """Whether every sealed row is under the target, and all that were tried opened."""
+        """Whether another run would find nothing, and all that were tried opened."""
         return not self.others and not self.bad
 
 
 def verify(
-    target: base.Key, *, sample: int | None = SAMPLE, options: Options
+    target: base.Key, *, sample: int | None = SAMPLE, options: Options, to_mode: str = ""
 ) -> Generator[Verified, None, Verified]:
     """
     Count the rows of all columns by key, and open `sample` of each column, None for all.
+    `to_mode` is the mode that passwords were to be brought into, if they were.
 
     Yields what was found so far, and returns it at last. A row whose password is changed
     meanwhile is looked at once more. Raises `KMSError` where KMS cannot answer or denies.
@@ -86,19 +91,40 @@ def verify(
         for group, number in columns.count(column).items():
             if not group.is_sealed:
                 continue
-            # What is under data keys is, as these are, and they are counted themselves.
-            if group.key_ref == ref or group.mode == ENVELOPE:
-                found.under += number
-            else:
+            if to_mode and group.is_password and modes.converts(group.mode, to_mode):
                 found.others[group.key_ref] += number
+            # What is under data keys is, as these are, and they are counted themselves.
+            elif group.key_ref == ref or group.mode == ENVELOPE:
+                found.under += number
+            elif modes.rewraps(group.mode, target.spec):
+                found.others[group.key_ref] += number
+            else:
+                found.apart += number
     yield found
     with Workers(options.concurrency, options.rate) as workers, data_keys.held():
         for column in columns.columns():
-            tasks = ([_task(row) for row in page] for page in _pages(column, sample))
+            tasks = (list(_tasks(page, found)) for page in _pages(column, sample))
             for outcomes in workers.map(tasks):
                 _take(column, outcomes, found)
                 yield found
     return found
+
+
+def _tasks(
+    page: list[tuple[Any, str]], found: Verified
+) -> Iterator[tuple[tuple[Any, str], Task]]:
+    for row in page:
+        if _is_mac(row[1]):
+            found.unseen += 1
+        else:
+            yield _task(row)
+
+
+def _is_mac(value: str) -> bool:
+    try:
+        return encoding.parse(value).mode == MAC
+    except MalformedHash:
+        return False  # told as bad
 
 
 def _task(row: tuple[Any, str]) -> tuple[tuple[Any, str], Task]:

@@ -198,10 +198,11 @@ class Workers:
             self._running.add(running)
 
     async def _do(self, item: Any, task: Task) -> None:
+        turns: list[None] = []
         with signals.held() as events:
-            value = await self._outcome(task)
+            value = await self._outcome(task, turns)
         self._running -= {asyncio.current_task()}
-        self._pace.note(events)
+        self._pace.note(events, len(turns))
         self._gathered.append(Outcome(item, value, events))
         self._unseen_errors += isinstance(value, Exception)
         more = self._running or (self._waiting and not self._unseen_errors)
@@ -216,9 +217,10 @@ class Workers:
             self._done.put(self._gathered)
             self._gathered = []
 
-    async def _outcome(self, task: Task) -> str | Exception | None:
+    async def _outcome(self, task: Task, turns: list[None]) -> str | Exception | None:
         pauses = _pauses()
         while True:
+            turns.append(None)
             seconds = self._pace.turn()
             if seconds > 0 and not await self._pause(seconds):
                 return None

@@ -25,6 +25,8 @@ KMS_HASHER = {
     "PROVIDER": "tests.projects.live_kms.Provider",
     "OPTIONS": {"path": os.environ["KMS_HASHER_LIVE_KEYS"], "allow_without_debug": True},
     "AUDIT": "durable",
+    "MODE": os.environ.get("KMS_HASHER_LIVE_MODE", "direct"),
+    "DATA_KEY_USERS": 100,
 }
 if _backend := os.environ.get("KMS_HASHER_LIVE_TASKS"):
     TASKS = {"default": {"BACKEND": _backend}}

@@ -81,13 +81,17 @@ def rotate(*arguments: str) -> None:
 
 def verify() -> None:
     keys: Counter[str] = Counter()
+    modes: Counter[str] = Counter()
     with quiet():
         for user in User.objects.order_by("pk"):
             assert user.check_password(f"pw{user.username[4:]}"), user.username
-            keys[encoding.parse(user.password).key_ref] += 1
+            stored = encoding.parse(user.password)
+            keys[stored.key_ref] += 1
+            modes[stored.mode] += 1
         present = encoding.key_ref(keyring.provider().describe_key("alias/tests").key_id)
     states = list(RotationRun.objects.values_list("state", flat=True))
-    result = {"keys": keys, "present": present, "states": states, **last_run()}
+    result = {"keys": keys, "modes": modes, "present": present, "states": states}
+    result |= last_run()
     print(json.dumps(result), flush=True)
 
 

@@ -19,26 +19,30 @@ BOUNDS = {
     "latency": "latency of KMS with so many calls in flight",
     "cpu": "processors",
 }
-REENCRYPT_DENIED = "ReEncrypt is denied: check the IAM policy and the policies of the keys."
+IS_DENIED = "{operation} is denied: check the IAM policy and the policies of the keys."
 
 
 def tell(command: WalkCommand, planned: Plan, options: Options) -> None:
     """Tell what it takes at the present latency. Raises `RotationRefused` if it is denied."""
-    if planned.present is None or not planned.rewraps:
+    calls = sum(planned.calls.values())
+    if planned.present is None or not (calls or planned.rewraps):
         return
-    arn = planned.present.key_arn
+    arn, spec = planned.present.key_arn, planned.present.spec
     latency = estimate.measured_latency(arn)
     taken = estimate.estimate(
-        planned.total,
+        calls,
         latency=latency,
         concurrency=options.concurrency or ASSUMED,
         processes=options.processes,
         rate=options.rate,
-        quota=estimate.quota_of(region_of(arn)),
+        quota=estimate.quota_of(region_of(arn), spec),
+        price=estimate.price_of(spec),
     )
     rows = {column: sum(refs.values()) for column, refs in planned.rows_by_column().items()}
     disk = {str(column): estimate.disk(column, number) for column, number in rows.items()}
-    allowed = permissions.try_re_encrypt(planned)
+    operation = "ReEncrypt" if planned.rewraps else "Decrypt"
+    allowed = permissions.try_rows(planned)
+    sealing = {} if planned.rewraps else permissions.Trial(arn, "rotate").run().answers
     command.result["estimate"] = {
         "latency": round(latency, 4),
         "rate": round(taken.rate, 1),
@@ -50,6 +54,7 @@ def tell(command: WalkCommand, planned: Plan, options: Options) -> None:
         "disk": disk,
         "rows_locked": taken.rows_locked,
         "permissions": {key_id(ref): answer for ref, answer in allowed.items()},
+        "operations": sealing,
     }
     command.tell(
         f"KMS answers in {latency * 1000:.0f} ms: about {taken.rate:,.0f} calls a second, "
@@ -66,9 +71,14 @@ def tell(command: WalkCommand, planned: Plan, options: Options) -> None:
                 f"{column} may take {size / 2**20:,.1f} MiB more until it is vacuumed."
             )
     for key, answer in command.result["estimate"]["permissions"].items():
-        command.tell(f"ReEncrypt from {key}: {answer}.")
-    if any(answer == permissions.DENIED for answer in allowed.values()):
-        raise RotationRefused(REENCRYPT_DENIED)
+        command.tell(f"{operation} from {key}: {answer}.")
+    for name, answer in sealing.items():
+        command.tell(f"{name} in the mode {planned.mode}: {answer}.")
+    if permissions.DENIED in allowed.values():
+        raise RotationRefused(IS_DENIED.format(operation=operation))
+    sealing.pop("ReEncrypt", None)  # not asked for here
+    if denied := [name for name, each in sealing.items() if each == permissions.DENIED]:
+        raise RotationRefused(IS_DENIED.format(operation=" and ".join(denied)))
 
 
 def key_id(ref: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connections
 
+from kms_hasher import modes
 from kms_hasher.exceptions import (
     ConfigurationError,
     KMSHasherError,
@@ -44,6 +45,11 @@ BAD = "Rows that could not be rewritten and were left as they are: {number}."
 NO_REPLICA = "--max-lag says how far a --replica may be behind: name one."
 NOT_CONFIRMED = "Not confirmed; nothing was done."
 NO_ANSWER = "Nobody is there to confirm this."
+ONE_WAY = (
+    "The mode {mode!r} stores a MAC in the place of the digest. It cannot be left without "
+    "passwords: from then on only users who sign in can be moved to another mode or another "
+    "MAC key, and unwrap_passwords has no effect on the others."
+)
 DATABASE_FAILED = f"The database failed ({{error}}). {GO_ON}"
 
 
@@ -59,14 +65,14 @@ class WalkCommand(BaseCommand):
         )
         parser.add_argument(
             "--batch-size",
-            type=_positive_int,
+            type=positive_int,
             default=Options.batch_size,
             metavar="ROWS",
             help="Rows read at a time (default: %(default)s).",
         )
         parser.add_argument(
             "--concurrency",
-            type=lambda text: None if text == "auto" else _positive_int(text),
+            type=lambda text: None if text == "auto" else positive_int(text),
             default=Options.concurrency,
             metavar="N",
             help='Calls to KMS that a process makes at the same time, or "auto" to find as '
@@ -115,7 +121,7 @@ class WalkCommand(BaseCommand):
         workers = parser.add_mutually_exclusive_group()
         workers.add_argument(
             "--processes",
-            type=_positive_int,
+            type=positive_int,
             default=Options.processes,
             metavar="N",
             help="Processes that work on it on this machine (default: %(default)s). One is "
@@ -299,7 +305,13 @@ def _plain(row: BadRow) -> dict[str, str]:
     return {"table": row.column, "pk": str(row.pk), "reason": row.reason}
 
 
-def _positive_int(text: str) -> int:
+def one_way(mode: str) -> str:
+    """Return a warning about a mode that cannot be left, "" of all others."""
+    return ONE_WAY.format(mode=mode) if modes.by_name(mode).core == "mac" else ""
+
+
+def positive_int(text: str) -> int:
+    """Read a number from the command line."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number

@@ -6,9 +6,10 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.serializers.json import DjangoJSONEncoder
 
+from kms_hasher.columns import Group
 from kms_hasher.exceptions import KMSHasherError
 from kms_hasher.rotation import status
-from kms_hasher.rotation.status import Status
+from kms_hasher.rotation.status import KeyStatus, Status
 
 WRONG = "Something is wrong; problems found: {number}."
 
@@ -24,7 +25,7 @@ class Command(BaseCommand):
             "--no-permissions",
             action="store_false",
             dest="permissions",
-            help="Do not try what may be done with the key: four calls to KMS less.",
+            help="Do not try what may be done with the key: some calls to KMS less.",
         )
         parser.add_argument(
             "--json", action="store_true", help="Write one JSON object instead of text."
@@ -50,10 +51,14 @@ class Command(BaseCommand):
         if key := found.described:
             write(f"  key       {key.key_arn}")
             write(f"  state     {key.state}, {key.spec}, {key.usage}")
+            if found.fingerprint:
+                write(f"  public    SHA-256 {found.fingerprint}")
             if key.key_material_id:
                 write(f"  material  {key.key_material_id}")
+        if mac := found.mac_key:
+            write(f"  MAC key   {mac.key_arn}, {mac.state}, {mac.spec}")
         for operation, answer in found.permissions.items():
-            write(f"  {operation:<9} {answer}")
+            write(f"  {operation:<15} {answer}")
         for arn, since, until in found.moves:
             end = f"until {until:%Y-%m-%d %H:%M}" if until else "until now"
             write(f"  alias     {arn} since {since:%Y-%m-%d %H:%M} {end}")
@@ -64,10 +69,14 @@ class Command(BaseCommand):
                 name = {"!": "unusable", "": "(no hasher)"}.get(
                     group.algorithm, group.algorithm
                 )
-                where = f" {group.mode} {group.key_ref}" if group.mode else ""
+                where = f" {group.mode} {_named(group)}" if group.mode else ""
                 write(f"  {number:>12,}  {name}{where}")
         for needed in found.keys:
-            write(f"key {needed.arn or needed.ref}: {needed.state}, {needed.rows:,} passwords")
+            write(f"key {needed.arn or needed.ref}: {needed.state}, {_what(needed)}")
+        if pool := found.data_keys:
+            oldest = f", the oldest of {pool.oldest:%Y-%m-%d %H:%M}" if pool.oldest else ""
+            text = f"{pool.number:,}, {pool.open:,} open{oldest}, {pool.retired:,} retired"
+            write(f"data keys: {text}")
         if last := found.last:
             write(
                 f"last run: {last}, {last.get_state_display()}, {last.rewritten:,} rewritten, "
@@ -77,6 +86,19 @@ class Command(BaseCommand):
             write(f"Note: {note}")
         for problem in found.problems:
             write(self.style.ERROR(f"Problem: {problem}"))
+
+
+def _named(group: Group) -> str:
+    """Return what a group of stored passwords names: keys, or data keys."""
+    refs = (ref for ref in (group.key_ref, group.mac_ref) if ref)
+    return ".".join(refs) or "(data keys)"
+
+
+def _what(needed: KeyStatus) -> str:
+    """Return what needs a key."""
+    numbers = {"data keys": needed.data_keys, "passwords": needed.rows - needed.macs}
+    numbers["passwords' MACs"] = needed.macs
+    return ", ".join(f"{number:,} {name}" for name, number in numbers.items() if number)
 
 
 def as_json(found: Status) -> dict[str, Any]:
@@ -94,6 +116,9 @@ def as_json(found: Status) -> dict[str, Any]:
         "key_state": key.state if key else None,
         "key_spec": key.spec if key else None,
         "key_material_id": key.key_material_id if key else None,
+        "fingerprint": found.fingerprint or None,
+        "mac_key_arn": found.mac_key.key_arn if found.mac_key else None,
+        "mac_key_state": found.mac_key.state if found.mac_key else None,
         "permissions": found.permissions,
         "alias_history": [
             {"key_arn": arn, "since": since, "until": until}
@@ -111,6 +136,7 @@ def as_json(found: Status) -> dict[str, Any]:
             for column in found.columns
         ],
         "keys": [vars(needed) for needed in found.keys],
+        "data_keys": found.data_keys and vars(found.data_keys),
         "last_run": last
         and {
             "kind": last.kind,

@@ -5,7 +5,7 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
-from kms_hasher import data_keys, encoding, modes
+from kms_hasher import conf, data_keys, encoding, modes
 from kms_hasher.exceptions import RotationRefused
 from kms_hasher.management.commands import _forecast as forecast
 from kms_hasher.management.commands._walk import (
@@ -14,11 +14,13 @@ from kms_hasher.management.commands._walk import (
     WalkCommand,
     duration,
     enlist_of,
+    one_way,
     options_of,
+    positive_int,
     seconds,
 )
 from kms_hasher.models import RotationRun
-from kms_hasher.rotation import keys, plan, rotate, runs, verify
+from kms_hasher.rotation import costs, keys, plan, rotate, runs, verify
 from kms_hasher.rotation.engine import Options
 from kms_hasher.rotation.plan import Plan
 from kms_hasher.rotation.rotate import Rotated
@@ -33,9 +35,12 @@ Examples:
   %(prog)s --processes 4       re-wrap by four processes
   %(prog)s --disable-old       verify, and disable the key the alias has left
   %(prog)s --to-mode envelope  bring what is sealed in other modes into that of the settings
+  %(prog)s --new-data-keys     in the mode envelope: seal all anew, under new data keys
+  %(prog)s --make-data-keys 50 in the mode envelope: make data keys before they are needed
 
-No password is needed, no digest leaves KMS, no session ends. It can be stopped at any
-instant and run again. Exit status: 0 done, 1 refused or failed, 3 done but for bad rows.
+No password is needed and no session ends, and but for --to-mode and --new-data-keys no digest
+leaves KMS. It can be stopped at any instant and run again. Exit status: 0 done, 1 refused or
+failed, 3 done but for bad rows.
 """
 
 STEERING = {
@@ -44,24 +49,30 @@ STEERING = {
     "cancel": "End it for good; its rows stay as they are.",
 }
 NOT_VERIFIED = (
-    "{others} rows still need another key, and {bad} could not be opened; no key was disabled "
-    "or deleted. Run it again; a row that stays bad needs a new password."
+    "{others} rows still need another key or mode, and {bad} could not be opened; no "
+    "key was disabled or deleted. Run it again; a row that stays bad needs a new password."
 )
 DATA_KEY_COLUMN = "kms_hasher.DataKey."
+APART = "in other modes, or with a MAC by another key"
 
 WAITING = (
     "{number:,} passwords cannot be moved without the password: what is stored is a MAC, which "
     "gives no digest back. Each moves when its user next signs in or sets a password."
 )
-ONE_WAY = (
-    "The mode {mode!r} stores a MAC in the place of the digest. It cannot be left without "
-    "passwords: from then on only users who sign in can be moved to another mode or another "
-    "MAC key, and unwrap_passwords has no effect on the others.\n"
-    "Move {number:,} passwords into it? [y/N] "
+NO_REWRAP = (
+    "A MAC cannot be re-wrapped, only made anew with the password: the new key is for "
+    "passwords that are set, and for users who sign in, from now on. Keep the old key until "
+    "kms_status says that none needs it."
 )
+ELSEWHERE = (
+    "{number:,} passwords are sealed in other modes; `manage.py rotate_kms_key --to-mode "
+    "{mode}` brings them into this one."
+)
+QUESTION = "Move {number:,} passwords into it? [y/N] "
 DATA_KEYS = (
     "{number:,} retired data keys are named by no stored password. Backups made before need "
-    "them: a password in such a backup can be checked only while the data key's row is there.\n"
+    "them: a password in such a backup can be checked only with the rows of its data keys, "
+    "which are in the same backup if it is of the whole database.\n"
     "Delete their rows? [y/N] "
 )
 NOT_LIVE = "No process conducts {run} now; `{command}` goes on with it."
@@ -104,7 +115,8 @@ class Command(WalkCommand):
             "--to-mode",
             choices=modes.MODES,
             help="Bring what is sealed in other modes into this one, which must be that of the "
-            "settings. Each digest is opened and sealed again: two calls, or one.",
+            "settings. Each digest is opened, in the memory of this process, and sealed again; "
+            "--dry-run tells the calls that it takes.",
         )
         target.add_argument(
             "--new-data-keys",
@@ -114,7 +126,15 @@ class Command(WalkCommand):
         target.add_argument(
             "--prune-data-keys",
             action="store_true",
-            help="Delete the rows of retired data keys that no stored password names.",
+            help="Delete the rows of data keys that were retired an hour ago or earlier and "
+            "that no stored password names.",
+        )
+        target.add_argument(
+            "--make-data-keys",
+            type=positive_int,
+            metavar="N",
+            help="In the mode envelope: make N data keys in advance, by as many calls of "
+            "GenerateDataKey. A pool that is empty fills itself, one at a time.",
         )
         parser.add_argument(
             "--settle",
@@ -174,6 +194,9 @@ class Command(WalkCommand):
         if options["prune_data_keys"]:
             self._prune_data_keys(options["dry_run"], options["interactive"])
             return
+        if options["make_data_keys"]:
+            self._make_data_keys(options["make_data_keys"], options["dry_run"])
+            return
         planned = plan.make(
             new_key=options["new_key"],
             to=options["to"],
@@ -198,7 +221,7 @@ class Command(WalkCommand):
         gives_up = options["disable_old"] or days
         if gives_up or options["verify"] is not False:
             sample = verify.SAMPLE if options["verify"] is False else options["verify"]
-            self._verify(rotated, sample, options_of(options))
+            self._verify(planned, rotated, sample, options_of(options))
         if gives_up:
             self._give_up(planned, rotated, days)
 
@@ -234,6 +257,7 @@ class Command(WalkCommand):
             rows=_rows(planned),
             mode=planned.mode,
             waiting=planned.waiting,
+            elsewhere=planned.elsewhere,
         )
         name = planned.alias or "KEY"
         present = planned.present.key_arn if planned.present else "nothing yet"
@@ -261,23 +285,36 @@ class Command(WalkCommand):
             for key, number in by_key.items():
                 noun = "data keys" if place.startswith(DATA_KEY_COLUMN) else "passwords"
                 would.append(f"{verb} {number:,} {noun} in {place} from {key} to {target}")
-        if planned.rewraps:
-            would.append(f"make {planned.total:,} calls of ReEncrypt")
+        calls = planned.calls
+        would.append(f"make {costs.told(calls)}")
         if disable_old or days:
             verb = f"schedule the deletion, in {days} days, of" if days else "disable"
             would += [f"{verb} {key}, if then no row needs it" for key in _old(planned)]
-        self.result.update(calls=planned.total, would=would)
+        self.result.update(calls=calls.total(), operations=calls, would=would)
         for each in would:
             self.tell(f"Would {each}.")
+        self._tell_what_is_left(planned)
+
+    def _tell_what_is_left(self, planned: Plan) -> None:
+        if planned.mode == "mac" and planned.kind != RotationRun.Kind.TO_MODE:
+            self.tell(NO_REWRAP)
         if planned.waiting:
             self.tell(WAITING.format(number=planned.waiting))
+        if planned.elsewhere and planned.kind != RotationRun.Kind.TO_MODE:
+            self.tell(ELSEWHERE.format(number=planned.elsewhere, mode=planned.mode))
 
-    def _verify(self, rotated: Rotated, sample: int | None, options: Options) -> None:
-        *_, found = verify.verify(rotated.target, sample=sample, options=options)
+    def _verify(
+        self, planned: Plan, rotated: Rotated, sample: int | None, options: Options
+    ) -> None:
+        to_mode = planned.mode if planned.kind == RotationRun.Kind.TO_MODE else ""
+        steps = verify.verify(rotated.target, sample=sample, options=options, to_mode=to_mode)
+        *_, found = steps
         self.result["verified"] = {
             "rows": found.under,
             "others": {forecast.key_id(ref): number for ref, number in found.others.items()},
+            "apart": found.apart,
             "opened": found.opened,
+            "unseen": found.unseen,
             "bad": [str(row) for row in found.bad[:NAMED]],
         }
         self.tell(
@@ -285,6 +322,10 @@ class Command(WalkCommand):
             f"{sum(found.others.values()):,} are not; {found.opened:,} were opened again, "
             f"{len(found.bad):,} could not be."
         )
+        if found.apart:
+            self.tell(f"{found.apart:,} are not for this run: {APART}.")
+        if found.unseen:
+            self.tell(f"{found.unseen:,} hold a MAC, which cannot be tried without a password.")
         for row in found.bad:
             self.stderr.write(f"Cannot be opened: {row}")
         if not found.is_complete:
@@ -295,9 +336,9 @@ class Command(WalkCommand):
         if days:
             arns = "\n".join(_old(planned)) or "(none is known yet)"
             self._sure(DELETION.format(days=days, arns=arns))
-        one_way = modes.by_name(planned.mode).core == "mac"
-        if planned.kind == RotationRun.Kind.TO_MODE and one_way and planned.total:
-            self._sure(ONE_WAY.format(mode=planned.mode, number=planned.total))
+        moves = planned.kind == RotationRun.Kind.TO_MODE and planned.total
+        if moves and (warning := one_way(planned.mode)):
+            self._sure(f"{warning}\n{QUESTION.format(number=planned.total)}")
 
     def _sure(self, question: str) -> None:
         if self.ask(question).strip().lower() not in ("y", "yes"):
@@ -311,9 +352,26 @@ class Command(WalkCommand):
             return
         if numbers and interactive:
             self._sure(DATA_KEYS.format(number=len(numbers)))
+            # Somebody may have thought about it for hours.
+            numbers = sorted(set(numbers) & set(data_keys.unneeded()))
         deleted = data_keys.delete(numbers)
         self.result["deleted"] = deleted
         self.tell(f"Deleted {deleted:,} retired data keys that no stored password names.")
+
+    def _make_data_keys(self, number: int, dry_run: bool) -> None:
+        settings = conf.get()
+        if modes.by_name(settings.mode).names_key:
+            raise RotationRefused(plan.NO_DATA_KEYS.format(mode=settings.mode))
+        self.result.update(kind="make-data-keys", data_keys=number)
+        if dry_run:
+            self.tell(f"Would make {number:,} data keys, by as many calls of GenerateDataKey.")
+            return
+        made = data_keys.prepare(number)
+        self.result["made"] = made
+        self.tell(
+            f"Made {len(made):,} data keys, each for {settings.data_key_users:,} passwords and "
+            f"{settings.data_key_days} days."
+        )
 
     def _summarise(self, planned: Plan, rotated: Rotated) -> None:
         done = self.result
@@ -324,8 +382,7 @@ class Command(WalkCommand):
             f"{duration(done['seconds'])}: {done['calls']:,} calls of KMS, "
             f"{done['overtaken']:,} overtaken, {done['failed']:,} bad."
         )
-        if planned.waiting:
-            self.tell(WAITING.format(number=planned.waiting))
+        self._tell_what_is_left(planned)
 
     def _give_up(self, planned: Plan, rotated: Rotated, days: int | None) -> None:
         given_up = keys.give_up(rotated.left, rotated.target, alias=planned.alias, days=days)
@@ -350,7 +407,9 @@ def _rows(planned: Plan) -> dict[str, dict[str, int]]:
 def _old(planned: Plan) -> list[str]:
     """Return the ids of the keys that will be left behind."""
     target = encoding.key_ref(planned.target.key_id) if planned.target else ""
-    refs = (planned.old_refs() | set(planned.rows_by_ref())) - {target}
+    refs = planned.old_refs()
+    if planned.rewraps:
+        refs |= set(planned.rows_by_ref()) - {target}
     return sorted(forecast.key_id(ref) for ref in refs)
 
 

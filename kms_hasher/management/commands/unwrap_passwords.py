@@ -12,7 +12,7 @@ from kms_hasher.management.commands._walk import (
     enlist_of,
     options_of,
 )
-from kms_hasher.rotation import seal
+from kms_hasher.rotation import costs, seal
 
 EPILOG = """\
 Before: put Django's Argon2PasswordHasher first in PASSWORD_HASHERS, keep the sealing
@@ -24,6 +24,10 @@ hashers behind it, list Django's own of each, and restart the site. Passwords in
 WARNING = (
     "This takes the seal off {number:,} passwords: from then on whoever steals the database "
     "can try to crack them."
+)
+MACS = (
+    "{number:,} passwords hold a MAC and cannot be unwrapped: they stay sealed until their "
+    "users sign in, or set new ones."
 )
 PHRASE = "unwrap {number} passwords"
 
@@ -43,11 +47,13 @@ class Command(WalkCommand):
 
     def work(self, **options: Any) -> None:
         seal.check_unwrap()
-        number = seal.count_sealed()
-        self.result.update(kind="unwrap", rows=number)
+        number, macs = seal.count_sealed(), seal.count_macs()
+        self.result.update(kind="unwrap", rows=number, macs=macs)
         if options["dry_run"]:
-            self.result["calls"] = number
-            self.tell(f"Would unwrap up to {number:,} passwords, by as many calls of Decrypt.")
+            calls = seal.calls_of_unwrap()
+            self.result.update(calls=calls.total(), operations=calls)
+            self.tell(f"Would unwrap up to {number:,} passwords, by up to {costs.told(calls)}.")
+            self._tell_of_macs(macs)
             return
         if number:
             self._confirm(PHRASE.format(number=number), number, options["confirm"])
@@ -58,6 +64,11 @@ class Command(WalkCommand):
             f"{done['calls']:,} calls of Decrypt, {done['overtaken']:,} overtaken, "
             f"{done['failed']:,} bad."
         )
+        self._tell_of_macs(macs)
+
+    def _tell_of_macs(self, number: int) -> None:
+        if number:
+            self.tell(MACS.format(number=number))
 
     def _confirm(self, phrase: str, number: int, given: str) -> None:
         if not given:

@@ -11,9 +11,10 @@ from kms_hasher.management.commands._walk import (
     WalkCommand,
     duration,
     enlist_of,
+    one_way,
     options_of,
 )
-from kms_hasher.rotation import seal
+from kms_hasher.rotation import costs, seal
 
 EPILOG = """\
 Examples:
@@ -54,11 +55,17 @@ class Command(WalkCommand):
         number, key = seal.count_stock(), conf.get().key
         self.result.update(kind="wrap", key=key, rows=number)
         if options["dry_run"]:
-            self.result["calls"] = number
-            self.tell(f"Would seal up to {number:,} passwords with {key}.")
+            calls = costs.sealing(conf.get().mode, number)
+            self.result.update(calls=calls.total(), operations=calls)
+            self.tell(
+                f"Would seal up to {number:,} passwords with {key}, by up to "
+                f"{costs.told(calls)}."
+            )
             return
         if options["interactive"] and number:
-            answer = self.ask(QUESTION.format(number=number, key=key))
+            warning = one_way(conf.get().mode)
+            question = QUESTION.format(number=number, key=key)
+            answer = self.ask(f"{warning}\n{question}" if warning else question)
             if answer.strip().lower() not in ("y", "yes"):
                 raise RotationRefused(NOT_CONFIRMED)
         self.walk(seal.wrap(options_of(options), enlist=enlist_of(options)))
