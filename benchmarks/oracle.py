@@ -6,10 +6,11 @@ Whether what a login costs tells if there is such a user.
 In each mode users with a wrong password ("known", "inactive"), a user whose password is
 unusable, and names that nobody has sign in through a backend, `n` times each, in random
 order. KMS is of constant latency (benchmarks.constant). "calls" are those to KMS for one
-attempt, and must be the same for all. "diff" is the mean time in µs by which the class differs from
-"known", "t" Welch's: above 4.5 in amount the two can be told apart. "halves" is the t of known
-against known, for scale. Times beyond the 99th percentile of all, where the machine did something
-else, are set to it. With Django's own ModelBackend, at the end, it should be easy.
+attempt, and must be the same for all. "diff" is the mean time in µs by which a class differs
+from "known", "t" Welch's: above 4.5 in amount the two can be told apart. "halves" is the t of
+known against known, for scale. Times beyond the 99th percentile of all, where the machine
+did something else, are set to it. With Django's own ModelBackend, at the end, it should be
+easy.
 
 Argon2 is cheap, so that it hides nothing and its own scatter is small; AUDIT is "off".
 """
@@ -92,7 +93,7 @@ def attempts(backend: Any, n: int) -> tuple[dict[str, list[float]], dict[str, Co
     kms_event.connect(listen)
     try:
         for name in order:
-            username = f"{name}{random.randrange(USERS)}"  # noqa: S311  # no secret
+            username = f"{name}{random.randrange(USERS)}"
             gc.collect(0)
             operations.clear()
             started = time.perf_counter()
@@ -140,7 +141,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--n", type=int, default=2000, help="attempts a class (%(default)s)")
-    parser.add_argument("--modes", default=",".join(constant.MODES), help="some of: %(default)s")
+    parser.add_argument(
+        "--modes", default=",".join(constant.MODES), help="some of: %(default)s"
+    )
     parser.add_argument("--ms", type=float, default=4, help="latency of KMS (%(default)s)")
     parser.add_argument("--cache", type=float, default=0, help="DATA_KEY_CACHE_SECONDS (0)")
     parser.add_argument("--skip-stock", action="store_true", help="without ModelBackend")
