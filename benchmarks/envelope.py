@@ -11,19 +11,21 @@ fewer users, and its rate taken for as many. KMS is of constant latency
 (benchmarks.constant); it and the database take of the same processors.
 
 Logins are checks by KMSModelBackend in several threads, of users under many data keys, with
-Argon2 as cheap as OWASP's minimum, as ratios to `direct`.
+Argon2 as cheap as OWASP's minimum; the three ways take turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import django
@@ -174,35 +176,48 @@ def rotations(users: int, sample: int, delay: float, settle: float) -> None:
 # --- logins -------------------------------------------------------------------------
 
 
-def logins(delay: float, threads: int, seconds: float) -> None:
-    print(f"\nLogins per second, KMS at {delay:g} ms, {threads} threads")
-    first = 0.0
-    for name, mode, cache in (
-        ("direct", "direct", 0),
-        ("envelope, DATA_KEY_CACHE_SECONDS 0", "envelope", 0),
-        ("envelope, DATA_KEY_CACHE_SECONDS 60", "envelope", 60),
-    ):
-        more = {"DATA_KEY_CACHE_SECONDS": cache, "DATA_KEY_USERS": 5}
-        values = constant.settings(mode, delay, **more)
-        with override_settings(KMS_HASHER=values):
-            User.objects.all().delete()
-            DataKey.objects.all().delete()
+#: Settings that logins are compared under, by what is printed. Five users to a data key.
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "direct": ("direct", {}),
+    "envelope, cache 0": ("envelope", {"DATA_KEY_USERS": 5}),
+    "envelope, cache 60": ("envelope", {"DATA_KEY_USERS": 5, "DATA_KEY_CACHE_SECONDS": 60}),
+}
+
+
+def logins(delay: float, threads: int, seconds: float, rounds: int) -> None:
+    """Let the ways take turns, so that what the machine does meanwhile happens to all."""
+    print(f"\nLogins, KMS at {delay:g} ms, {threads} threads, {rounds} rounds of {seconds:g} s")
+    names: dict[str, list[str]] = {}
+    values = {}
+    User.objects.all().delete()
+    DataKey.objects.all().delete()
+    for number, (way, (mode, more)) in enumerate(WAYS.items()):
+        values[way] = constant.settings(mode, delay, **more)
+        names[way] = [f"way{number}user{each}" for each in range(50)]
+        with override_settings(KMS_HASHER=values[way]), constant.at_once():
+            for each in names[way]:
+                User.objects.create_user(each, password=PASSWORD)
+    found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+    calls: Counter[str] = Counter()
+    for _ in range(rounds):
+        for way in random.sample(list(WAYS), len(WAYS)):
             data_keys.wipe()
-            with constant.at_once():
-                names = [f"user{number}" for number in range(50)]
-                for each in names:
-                    User.objects.create_user(each, password=PASSWORD)
-            data_keys.wipe()
-            backends.prewarm()
-            with counted() as calls:
-                rate, cpu = logins_of(names, threads, seconds)
-        first = first or rate
-        made = sum(calls.values())
-        print(
-            f"{name:38}{rate:8.1f}{rate / first:8.2f} x{cpu * 1000:8.1f} ms of CPU each, "
-            f"{made:,} calls",
-            flush=True,
-        )
+            with override_settings(KMS_HASHER=values[way]):
+                logins_of(names[way], threads, 1)
+                with counted() as made:
+                    found[way].append(logins_of(names[way], threads, seconds))
+                calls[way] += sum(made.values())
+    head = ("a second", "x direct", "CPU ms each", "x direct", "calls each")
+    print(f"{'':20}" + "".join(f"{each:>13}" for each in head))
+    for way, rates in found.items():
+        line = f"{way:20}"
+        for what, factor in ((0, 1), (1, 1000)):
+            ratio = median(
+                a[what] / b[what] for a, b in zip(rates, found["direct"], strict=True)
+            )
+            line += f"{median(each[what] for each in rates) * factor:13.1f}{ratio:13.2f}"
+        total = sum(rate * seconds for rate, _ in rates)
+        print(f"{line}{calls[way] / total:13.2f}", flush=True)
 
 
 def logins_of(names: list[str], threads: int, seconds: float) -> tuple[float, float]:
@@ -236,7 +251,8 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=10, help="of KMS in ms (%(default)s)")
     parser.add_argument("--settle", type=float, default=5, help="seconds (%(default)s)")
     parser.add_argument("--threads", type=int, default=8, help="of logins (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=15, help="a line of logins (15)")
+    parser.add_argument("--seconds", type=float, default=4, help="a round of logins (4)")
+    parser.add_argument("--rounds", type=int, default=10, help="of logins (%(default)s)")
     parser.add_argument("--only", default="rotations,logins", help="some of: %(default)s")
     options = parser.parse_args()
     if not os.environ.get("DATABASE_URL", "").startswith("postgres"):
@@ -249,7 +265,7 @@ def main() -> None:
             if "rotations" in options.only:
                 rotations(options.users, options.sample, options.delay, options.settle)
             if "logins" in options.only:
-                logins(options.delay, options.threads, options.seconds)
+                logins(options.delay, options.threads, options.seconds, options.rounds)
     finally:
         data_keys.close()
         runner.teardown_databases(databases)
