@@ -10,26 +10,35 @@ password of: one call of one kind, whoever is asked for.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import secrets
+import time
 from typing import Any
 
 from asgiref.sync import sync_to_async
 from django.contrib.auth import get_user_model
 from django.contrib.auth.backends import ModelBackend
 from django.contrib.auth.base_user import AbstractBaseUser
-from django.contrib.auth.hashers import check_password, identify_hasher, make_password
+from django.contrib.auth.hashers import (
+    check_password,
+    get_hasher,
+    identify_hasher,
+    make_password,
+)
 from django.core.signals import setting_changed
 from django.http import HttpRequest
+from django.utils.crypto import salted_hmac
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import background, conf, users
+from kms_hasher import background, conf, encoding, keyring, users
 from kms_hasher.exceptions import (
     DataKeyMissing,
     KeyNotFound,
     KeyUnusable,
     KMSAccessDenied,
     KMSHasherError,
+    MalformedHash,
 )
 
 
@@ -58,7 +67,7 @@ class KMSModelBackend(ModelBackend):
         except model.DoesNotExist:
             user = None
         if user is None or not _is_checkable(user.password):
-            check_decoy(password)
+            check_decoy(password, name)
             return None
         if type(user).check_password in _KNOWN_CHECKS:
             # Not by the method: a decorator nearer to Django's frames than ours would say
@@ -95,7 +104,7 @@ class KMSModelBackend(ModelBackend):
         def check() -> bool:
             with background.beside_loop():
                 if user is None or not _is_checkable(user.password):
-                    check_decoy(password)
+                    check_decoy(password, name)
                     return False
                 return check_password(password, user.password, upgrade.append)
 
@@ -148,17 +157,60 @@ def prewarm() -> None:
 
 
 @sensitive_variables()
-def check_decoy(password: str) -> None:
-    """Do what checking a user's password does. Raises `KMSError` if KMS cannot answer."""
-    key = conf.get().key
+def check_decoy(password: str, name: str = "") -> None:
+    """
+    Do what checking the password of a user of this name does.
+
+    Raises `KMSError` if KMS cannot answer.
+    """
+    settings = conf.get()
+    key = settings.key
     if key not in _decoys:
         _make_decoy(key)  # one call as well, if of another kind: see `prewarm`
         return
     try:
-        check_password(password, _decoys[key])
+        if settings.mode == "envelope" and settings.data_key_cache_seconds:
+            _check_elsewhere(password, name, _decoys[key])
+        else:
+            check_password(password, _decoys[key])
     except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyMissing):
-        # The key has been rotated away since; or it is out of use, which this tells.
+        # The key has been rotated away since, or the data key pruned; or it is out of use,
+        # which this tells.
         _make_decoy(key)
+
+
+@sensitive_variables()
+def _check_elsewhere(password: str, name: str, decoy: str) -> None:
+    """
+    Check the decoy as if it were under the data key that falls to the name.
+
+    Data keys are kept for a while, and a user's own is in memory or not: one for all unknown
+    names, which always is, would tell them. It opens nothing, and that matches nothing.
+    """
+    among = _data_keys()
+    share = int(salted_hmac("kms_hasher.backends", name, algorithm="sha256").hexdigest(), 16)
+    ref = encoding.data_key_ref(among[share % len(among)])
+    stored = dataclasses.replace(encoding.parse(decoy), key_ref=ref)
+    hasher: Any = get_hasher(stored.header.algorithm)
+    with contextlib.suppress(MalformedHash):
+        keyring.open_beside(stored, functools.partial(hasher._digest, password, stored.header))
+
+
+#: Seconds for which a process takes the data keys that there were for all.
+LOOKED_UP = 60.0
+
+_numbers: tuple[float, list[int]] = (0.0, [])
+
+
+def _data_keys() -> list[int]:
+    global _numbers
+    from kms_hasher import data_keys  # of one mode alone
+
+    until, found = _numbers
+    if time.monotonic() >= until or not found:
+        found = data_keys.numbers()
+        _numbers = time.monotonic() + LOOKED_UP, found
+    return found
 
 
 def _make_decoy(key: str) -> None:
@@ -175,8 +227,10 @@ def _is_checkable(encoded: str) -> bool:
 
 
 def _forget(*, setting: str, **kwargs: Any) -> None:
+    global _numbers
     if setting in ("KMS_HASHER", "PASSWORD_HASHERS"):
         _decoys.clear()
+        _numbers = 0.0, []
 
 
 setting_changed.connect(_forget)

@@ -204,10 +204,16 @@ def _insert(stored: SealedHash, uses: int) -> int:
     return row.number
 
 
-def _read(number: int) -> DataKey | None:
-    def read() -> DataKey | None:
-        return DataKey.objects.filter(pk=number).first()
+def numbers() -> list[int]:
+    """Return the numbers of all data keys. Called in any thread."""
+    return _ask(lambda: list(DataKey.objects.order_by("pk").values_list("pk", flat=True)))
 
+
+def _read(number: int) -> DataKey | None:
+    return _ask(lambda: DataKey.objects.filter(pk=number).first())
+
+
+def _ask(read: Callable[[], T]) -> T:
     # A thread that has no connection yet is to be left without: nobody might close it.
     unused = connections[router.db_for_read(DataKey)].connection is None
     if _on_event_loop() or (unused and conf.get().audit != "inline"):

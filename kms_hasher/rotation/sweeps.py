@@ -196,8 +196,10 @@ def conduct(
                 yield from _wait(record, view, options.settle)
             if run.sweep:
                 patiently(job.check)
-            rows = shards.size(run.total, options.processes)
-            shards.open_sweep(run, columns.columns(), rows)
+            among = columns.columns()
+            # Of all rows, as few of them as there may be to rewrite: each is looked at.
+            rows = 0 if run.sweep else sum(column.rows.count() for column in among)
+            shards.open_sweep(run, among, shards.size(rows, options.processes))
     record.write()
     yield view.progress()
 
