@@ -257,6 +257,12 @@ class _Cache:
         """For how long a key is kept, 0 for not at all."""
         return float("inf") if self.held else conf.get().data_key_cache_seconds
 
+    def hold(self, more: int) -> int:
+        """Count one block more or less for which keys are kept; return how many there are."""
+        with self._lock:
+            self.held += more
+            return self.held
+
     def get(self, number: int) -> bytes | None:
         with self._lock:
             found = self._keys.get(number)
@@ -332,13 +338,13 @@ def held() -> Iterator[None]:
 
     For runs over many rows, which would ask KMS for the same data key again and again.
     """
-    _cache.held += 1
+    cache = _cache  # a child made in the block has another, and leaves this one
+    cache.hold(1)
     try:
         yield
     finally:
-        _cache.held -= 1
-        if not _cache.held:
-            wipe()
+        if not cache.hold(-1):
+            cache.wipe()
 
 
 def _after_fork() -> None:  # pragma: no cover: it runs in a child
@@ -346,6 +352,7 @@ def _after_fork() -> None:  # pragma: no cover: it runs in a child
     old = _cache
     for key, _ in old._keys.values():
         key[:] = bytes(len(key))
+    old._lock = threading.Lock()
     _lock, _executor, _cache = threading.Lock(), None, _Cache()
 
 
