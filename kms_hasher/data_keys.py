@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from django.db import connections, router, transaction
-from django.db.models import F
+from django.db.models import F, QuerySet
 from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
 
@@ -47,6 +47,13 @@ MOST = 1000
 
 #: So many uses are counted at once while data keys are held, by a run over many rows.
 BLOCK = 500
+
+#: Seconds for which uses counted at once are good.
+BLOCK_SECONDS = 60.0
+
+#: So long after it was retired a data key is kept in any case: what somebody was sealing by it
+#: just then may be committed later.
+GRACE = datetime.timedelta(hours=1)
 
 _DIRECT = modes.MODES["direct"]
 _SALT = 16
@@ -118,8 +125,11 @@ def retire() -> int:
 
 
 def unneeded() -> list[int]:
-    """Return the numbers of retired data keys that no stored password names, by one pass."""
-    retired = set(DataKey.objects.exclude(retired_at=None).values_list("pk", flat=True))
+    """
+    Return the numbers of data keys that no stored password names, by one pass, of those that
+    were retired more than `GRACE` ago.
+    """
+    retired = set(_retired().values_list("pk", flat=True))
     for column in columns.columns():
         if column.model is DataKey:
             continue
@@ -132,12 +142,15 @@ def unneeded() -> list[int]:
 
 
 def delete(numbers: Sequence[int]) -> int:
-    """Delete the rows of these data keys, if they are retired; return how many."""
+    """Delete those that were retired more than `GRACE` ago; return how many."""
     deleted = 0
     for start in range(0, len(numbers), BLOCK):
-        some = DataKey.objects.filter(pk__in=numbers[start : start + BLOCK])
-        deleted += some.exclude(retired_at=None).delete()[0]
+        deleted += _retired().filter(pk__in=numbers[start : start + BLOCK]).delete()[0]
     return deleted
+
+
+def _retired() -> QuerySet[DataKey]:
+    return DataKey.objects.filter(retired_at__lte=timezone.now() - GRACE)
 
 
 @sensitive_variables()
@@ -250,7 +263,7 @@ class _Cache:
         self._lock = threading.Lock()
         self._keys: OrderedDict[int, tuple[bytearray, float]] = OrderedDict()
         self._timer: threading.Timer | None = None
-        self._block: tuple[DataKey, int] | None = None
+        self._block: tuple[DataKey, int, float] | None = None
 
     @property
     def seconds(self) -> float:
@@ -286,13 +299,14 @@ class _Cache:
         with self._lock:
             if not self.held or not self._block:
                 return None
-            row, left = self._block
-            self._block = (row, left - 1) if left > 1 else None
-            return row if row.made_at > since else None
+            row, left, until = self._block
+            self._block = (row, left - 1, until) if left > 1 else None
+            return row if row.made_at > since and time.monotonic() < until else None
 
     def keep_block(self, row: DataKey, left: int) -> None:
         with self._lock:
-            self._block = (row, left) if self.held and left else None
+            until = time.monotonic() + BLOCK_SECONDS
+            self._block = (row, left, until) if self.held and left else None
 
     def wipe(self) -> None:
         with self._lock:

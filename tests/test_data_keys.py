@@ -147,6 +147,24 @@ class TestRows:
         row.refresh_from_db()
         assert row.retired_at == again
 
+    def test_one_is_kept_for_a_while_after_it_was_retired(self) -> None:
+        """What was being sealed by it just then may be committed after the pass."""
+        late = make_password(PASSWORD)
+        data_keys.retire()
+        assert data_keys.unneeded() == []
+        assert data_keys.delete([number_of(late)]) == 0
+        User.objects.create(username="late", password=late)
+        self.retired_long_ago()
+        assert data_keys.unneeded() == []
+        User.objects.all().delete()
+        assert data_keys.unneeded() == [number_of(late)]
+        assert data_keys.delete([number_of(late)]) == 1
+
+    @staticmethod
+    def retired_long_ago() -> None:
+        past = timezone.now() - data_keys.GRACE
+        DataKey.objects.exclude(retired_at=None).update(retired_at=past)
+
     def test_unneeded_ones_are_retired_and_named_by_no_row(self) -> None:
         first, second = make_password(PASSWORD), None
         User.objects.create(username="anna", password=first)
@@ -154,6 +172,7 @@ class TestRows:
         data_keys.retire()
         second = make_password(PASSWORD)
         data_keys.retire()
+        self.retired_long_ago()
         User.objects.create(username="bela", password="kms_argon2$e1$gibberish$x$y$z")
         User.objects.create(username="cleo", password="!unusable")
         third = make_password(PASSWORD)
@@ -168,6 +187,7 @@ class TestRows:
         monkeypatch.setattr(data_keys, "BLOCK", 2)
         numbers = data_keys.make(access(), 5)
         data_keys.retire()
+        self.retired_long_ago()
         assert data_keys.delete(numbers) == 5
         assert data_keys.delete([]) == 0
 
@@ -437,6 +457,16 @@ class TestHeld:
             late = timezone.now() + datetime.timedelta(days=2)
             monkeypatch.setattr(data_keys.timezone, "now", lambda: late)
             assert number_of(make_password(PASSWORD)) not in first
+
+    def test_a_block_is_good_for_a_minute(self, clock: Clock) -> None:
+        """A run that rests must not seal by a data key that is retired and deleted by then."""
+        with data_keys.held():
+            first = [number_of(make_password(PASSWORD)) for _ in range(3)]
+            assert len(set(first)) == 1
+            data_keys.retire()
+            assert number_of(make_password(PASSWORD)) == first[0]
+            clock.now += data_keys.BLOCK_SECONDS
+            assert number_of(make_password(PASSWORD)) != first[0]
 
     def test_within_each_other(self, calls: Calls) -> None:
         encoded = make_password(PASSWORD)
