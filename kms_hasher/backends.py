@@ -24,7 +24,14 @@ from django.http import HttpRequest
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import background, conf, users
-from kms_hasher.exceptions import KeyNotFound, KeyUnusable, KMSAccessDenied, KMSHasherError
+from kms_hasher.exceptions import (
+    ConfigurationError,
+    DataKeyMissing,
+    KeyNotFound,
+    KeyUnusable,
+    KMSAccessDenied,
+    KMSHasherError,
+)
 
 
 class KMSModelBackend(ModelBackend):
@@ -105,8 +112,8 @@ class KMSModelBackend(ModelBackend):
         if user is not None and type(user).acheck_password not in _KNOWN_CHECKS:
             matches = await user.acheck_password(password)
         else:
-            # In any thread, for it asks no database; the upgrade in Django's own.
-            matches = await sync_to_async(check, thread_sensitive=False)()
+            # In any thread, for none of the caller's is needed; the upgrade in Django's own.
+            matches = await sync_to_async(check, thread_sensitive=_in_test(user))()
             if matches and not upgrade and users.may_move(user):
                 await sync_to_async(do_move)()
         if upgrade:
@@ -150,13 +157,23 @@ def check_decoy(password: str) -> None:
         return
     try:
         check_password(password, _decoys[key])
-    except (KeyUnusable, KeyNotFound, KMSAccessDenied):
-        # The key has been rotated away since; or it is out of use, which this tells.
+    except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyMissing):
+        # The key has been rotated away since; or it is out of use, which this tells. No row
+        # names the decoy's data key, which may be deleted as unneeded.
         _make_decoy(key)
 
 
 def _make_decoy(key: str) -> None:
     _decoys[key] = make_password(secrets.token_urlsafe())
+
+
+def _in_test(user: Any) -> bool:
+    """Return whether the check needs a data key that a test's own transaction may hold."""
+    with contextlib.suppress(ConfigurationError):
+        settings = conf.get()
+        sealed = user is not None and "$e1$" in str(user.password)
+        return settings.audit == "inline" and (sealed or settings.mode == "envelope")
+    return False
 
 
 def _is_checkable(encoded: str) -> bool:
