@@ -294,7 +294,9 @@ def oaep_decrypt(key: Any, sealed: bytes) -> bytes:
     modulus = numbers.public_numbers.n
     size = -(-modulus.bit_length() // 8)
     assert len(sealed) == size
-    encoded = pow(int.from_bytes(sealed, "big"), numbers.d, modulus).to_bytes(size, "big")
+    number = int.from_bytes(sealed, "big")
+    assert number < modulus
+    encoded = pow(number, numbers.d, modulus).to_bytes(size, "big")
     first, masked_seed, masked = encoded[0], encoded[1:33], encoded[33:]
     seed = xor(masked_seed, mgf1(masked, 32))
     data = xor(masked, mgf1(seed, len(masked)))
