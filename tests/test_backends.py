@@ -197,10 +197,9 @@ class TestEveryMode:
                 (operation, "login", "success") for operation in modes.LOGIN[mode]
             ], name
 
-    def test_queries_too(self, mode: str, settings: Any) -> None:
+    def test_queries_too(self, mode: str) -> None:
         """Of a wrong password: a right one is seen by what follows."""
-        settings.KMS_HASHER = {**settings.KMS_HASHER, "AUDIT": "off"}
-        backends.prewarm()
+        assert sign_in("anna", "wrong") is None  # what is noted at most once in a while
         counted = set()
         for name in self.NAMES:
             with CaptureQueriesContext(connection) as queries:

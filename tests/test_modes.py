@@ -52,11 +52,6 @@ ERRORS = [
 OPERATIONS = ("encrypt", "decrypt", "generate_mac", "generate_data_key", "get_public_key")
 
 
-@pytest.fixture(autouse=True)
-def no_audit(settings: Any) -> None:
-    settings.KMS_HASHER = {**settings.KMS_HASHER, "AUDIT": "off"}
-
-
 @pytest.fixture
 def hasher() -> CheapKMSArgon2PasswordHasher:
     return CheapKMSArgon2PasswordHasher()

@@ -183,7 +183,7 @@ class TestSIV:
     @pytest.mark.django_db
     def test_opens_what_envelope_seals(self, settings: Any) -> None:
         """By the layout that the docs give: from the stored string and the data key alone."""
-        modes.use(settings, "envelope", DEPLOYMENT="blue")
+        modes.use(settings, "envelope", DEPLOYMENT="blue", AUDIT="inline")
         encoded = make_password(PASSWORD)
         data_key = keyring.open(encoding.parse(DataKey.objects.get().sealed))
         algorithm, mode, _, costs, salt, blob = encoded.split("$")
