@@ -120,8 +120,8 @@ class KMSModelBackend(ModelBackend):
         if user is not None and type(user).acheck_password not in _KNOWN_CHECKS:
             matches = await user.acheck_password(password)
         else:
-            # In any thread, for it asks no database; the upgrade in Django's own.
-            matches = await sync_to_async(check, thread_sensitive=False)()
+            # In any thread, for none of the caller's is needed; the upgrade in Django's own.
+            matches = await sync_to_async(check, thread_sensitive=_in_test(user))()
             if matches and not upgrade and users.may_move(user):
                 await sync_to_async(do_move)()
         if upgrade:
@@ -215,6 +215,15 @@ def _data_keys() -> list[int]:
 
 def _make_decoy(key: str) -> None:
     _decoys[key] = make_password(secrets.token_urlsafe())
+
+
+def _in_test(user: Any) -> bool:
+    """Return whether the check needs a data key that a test's own transaction may hold."""
+    with contextlib.suppress(ConfigurationError):
+        settings = conf.get()
+        sealed = user is not None and "$e1$" in str(user.password)
+        return settings.audit == "inline" and (sealed or settings.mode == "envelope")
+    return False
 
 
 def _is_checkable(encoded: str) -> bool:

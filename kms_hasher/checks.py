@@ -325,8 +325,8 @@ def _length() -> Iterator[checks.CheckMessage]:
     try:
         mode = modes.by_name(conf.get().mode)
         length = lengths.of(get_hashers()[0], mode)
-    except (ConfigurationError, AttributeError):  # E001, or a hasher of the site's own
-        return
+    except (ConfigurationError, AttributeError, ValueError):
+        return  # E001, a hasher of the site's own, or one without its library
     if not mode.fits_stock or length <= modes.STOCK_WIDTH:
         return
     yield checks.Error(

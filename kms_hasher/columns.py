@@ -260,3 +260,13 @@ def _head(name: str, separators: int) -> Substr:
     for _ in range(separators):
         end = end + StrIndex(Substr(name, end + 1), Value("$"))
     return Substr(name, 1, end)
+
+
+@contextlib.contextmanager
+def savepoint(database: str) -> Iterator[None]:
+    """Keep a statement that fails from spoiling the transaction that the caller may be in."""
+    if connections[database].in_atomic_block:
+        with transaction.atomic(using=database):
+            yield
+    else:
+        yield

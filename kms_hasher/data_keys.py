@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from django.db import connections, router, transaction
-from django.db.models import F
+from django.db.models import F, QuerySet
 from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
 
@@ -48,8 +48,12 @@ MOST = 1000
 #: So many uses are counted at once while data keys are held, by a run over many rows.
 BLOCK = 500
 
-#: For so long the row of a retired data key is kept, though no stored password names it.
-REST = datetime.timedelta(hours=1)
+#: Seconds for which uses counted at once are good.
+BLOCK_SECONDS = 60.0
+
+#: So long after it was retired a data key is kept in any case: what somebody was sealing by it
+#: just then may be committed later.
+GRACE = datetime.timedelta(hours=1)
 
 _DIRECT = modes.MODES["direct"]
 _SALT = 16
@@ -138,13 +142,10 @@ def retire() -> int:
 
 def unneeded() -> list[int]:
     """
-    Return the numbers of retired data keys that no stored password names, by one pass.
-
-    Of those retired an hour ago or earlier: what was sealed by one just before that may be
-    stored only now.
+    Return the numbers of data keys that no stored password names, by one pass, of those that
+    were retired more than `GRACE` ago.
     """
-    since = timezone.now() - REST
-    retired = set(DataKey.objects.filter(retired_at__lte=since).values_list("pk", flat=True))
+    retired = set(_retired().values_list("pk", flat=True))
     for column in columns.columns():
         if column.model is DataKey:
             continue
@@ -157,12 +158,15 @@ def unneeded() -> list[int]:
 
 
 def delete(numbers: Sequence[int]) -> int:
-    """Delete the rows of these data keys, if they are retired; return how many."""
+    """Delete those that were retired more than `GRACE` ago; return how many."""
     deleted = 0
     for start in range(0, len(numbers), BLOCK):
-        some = DataKey.objects.filter(pk__in=numbers[start : start + BLOCK])
-        deleted += some.exclude(retired_at=None).delete()[0]
+        deleted += _retired().filter(pk__in=numbers[start : start + BLOCK]).delete()[0]
     return deleted
+
+
+def _retired() -> QuerySet[DataKey]:
+    return DataKey.objects.filter(retired_at__lte=timezone.now() - GRACE)
 
 
 @sensitive_variables()
@@ -210,12 +214,14 @@ def numbers() -> list[int]:
 
 
 def _read(number: int) -> DataKey | None:
-    return _ask(lambda: DataKey.objects.filter(pk=number).first())
+    # Not from a replica, which may not have a row yet that a password was just sealed by.
+    rows = DataKey.objects.using(router.db_for_write(DataKey))
+    return _ask(lambda: rows.filter(pk=number).first())
 
 
 def _ask(read: Callable[[], T]) -> T:
     # A thread that has no connection yet is to be left without: nobody might close it.
-    unused = connections[router.db_for_read(DataKey)].connection is None
+    unused = connections[router.db_for_write(DataKey)].connection is None
     if _on_event_loop() or (unused and conf.get().audit != "inline"):
         return _thread().submit(read).result()
     return read()
@@ -282,12 +288,18 @@ class _Cache:
         self._keys: OrderedDict[int, tuple[bytearray, float]] = OrderedDict()
         self._turns: dict[int, threading.Lock] = {}
         self._timer: threading.Timer | None = None
-        self._block: tuple[DataKey, int] | None = None
+        self._block: tuple[DataKey, int, float] | None = None
 
     @property
     def seconds(self) -> float:
         """For how long a key is kept, 0 for not at all."""
         return float("inf") if self.held else conf.get().data_key_cache_seconds
+
+    def hold(self, more: int) -> int:
+        """Count one block more or less for which keys are kept; return how many there are."""
+        with self._lock:
+            self.held += more
+            return self.held
 
     def get(self, number: int) -> bytes | None:
         with self._lock:
@@ -317,13 +329,14 @@ class _Cache:
         with self._lock:
             if not self.held or not self._block:
                 return None
-            row, left = self._block
-            self._block = (row, left - 1) if left > 1 else None
-            return row if row.made_at > since else None
+            row, left, until = self._block
+            self._block = (row, left - 1, until) if left > 1 else None
+            return row if row.made_at > since and time.monotonic() < until else None
 
     def keep_block(self, row: DataKey, left: int) -> None:
         with self._lock:
-            self._block = (row, left) if self.held and left else None
+            until = time.monotonic() + BLOCK_SECONDS
+            self._block = (row, left, until) if self.held and left else None
 
     def wipe(self) -> None:
         with self._lock:
@@ -370,13 +383,13 @@ def held() -> Iterator[None]:
 
     For runs over many rows, which would ask KMS for the same data key again and again.
     """
-    _cache.held += 1
+    cache = _cache  # a child made in the block has another, and leaves this one
+    cache.hold(1)
     try:
         yield
     finally:
-        _cache.held -= 1
-        if not _cache.held:
-            wipe()
+        if not cache.hold(-1):
+            cache.wipe()
 
 
 def _after_fork() -> None:  # pragma: no cover: it runs in a child
@@ -384,6 +397,7 @@ def _after_fork() -> None:  # pragma: no cover: it runs in a child
     old = _cache
     for key, _ in old._keys.values():
         key[:] = bytes(len(key))
+    old._lock = threading.Lock()
     _lock, _executor, _cache = threading.Lock(), None, _Cache()
 
 

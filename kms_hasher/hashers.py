@@ -9,6 +9,7 @@ client: `encode` and `verify` are the inner hasher on this side and `keyring` on
 from __future__ import annotations
 
 import binascii
+import contextlib
 import functools
 import hashlib
 import logging
@@ -276,7 +277,9 @@ class KMSScryptPasswordHasher(SealingPasswordHasher, django_hashers.ScryptPasswo
         return ScryptParameters(self.work_factor, self.block_size, self.parallelism)
 
     def _bearable(self, parameters: ScryptParameters) -> bool:
-        memory = 128 * parameters.block_size * parameters.work_factor
+        memory = (
+            128 * parameters.block_size * max(parameters.work_factor, parameters.parallelism)
+        )
         work = parameters.block_size * parameters.work_factor * parameters.parallelism
         return memory <= self.max_memory and work <= self.max_work
 
@@ -331,8 +334,9 @@ class KMSBCryptSHA256PasswordHasher(
         except MalformedHash:
             return
         # 2**(rounds - 1) have been done: two times as many are 2**rounds.
-        for _again in range(2 ** max(self.rounds - header.parameters.rounds, 0) - 1):
-            self._digest(password, header)
+        with contextlib.suppress(MalformedHash):  # bcrypt refuses it without computing it
+            for _again in range(2 ** max(self.rounds - header.parameters.rounds, 0) - 1):
+                self._digest(password, header)
 
     @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
@@ -343,8 +347,8 @@ class KMSBCryptSHA256PasswordHasher(
         variety, rounds = header.parameters
         try:
             made = library.hashpw(data, f"${variety}${rounds:02}$".encode() + header.salt)
-        except ValueError as error:
-            raise MalformedHash("bcrypt does not take the salt, or the password") from error
+        except ValueError:
+            raise MalformedHash("bcrypt does not take the salt, or the password") from None
         return inner.parse_stock(f"bcrypt${made.decode('ascii')}")[1]
 
 

@@ -294,7 +294,7 @@ def parse_stock(encoded: str) -> tuple[Header, bytes]:
     try:
         parameters, salt, digest = parse(rest.split("$"))
         header = Header(f"{PREFIX}{name}", kind.parameters.parse(parameters), salt)
-        good = len(salt) >= kind.min_salt and format_stock(header, digest) == encoded
+        good = len(salt) >= kind.min_salt and _write(name, header, digest) == encoded
     except ValueError:  # of which MalformedHash is one
         good = False
     if not good:
@@ -306,11 +306,21 @@ def format_stock(header: Header, digest: bytes) -> str:
     """
     Return the hash that Django's own hasher would have stored.
 
-    Raises `MalformedHash` for a header that no such hasher has.
+    Raises `MalformedHash` for a header that no such hasher has, such as one whose salt it
+    could not write.
     """
     name = header.algorithm.removeprefix(PREFIX)
-    if name not in _STOCK:
+    try:
+        encoded = _write(name, header, digest)
+        good = parse_stock(encoded) == (header, digest)
+    except (KeyError, ValueError):
+        good = False
+    if not good:
         raise MalformedHash("no hasher of Django's makes such a hash")
+    return encoded
+
+
+def _write(name: str, header: Header, digest: bytes) -> str:
     _, format_ = _STOCK[name]
     return "$".join((name, *format_(header, digest)))
 

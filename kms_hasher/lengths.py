@@ -1,5 +1,6 @@
 """
-How long stored strings are: `python -m kms_hasher.lengths` prints the table of the docs.
+How long stored strings are: `python -m kms_hasher.lengths` prints the table of the docs, where
+DJANGO_SETTINGS_MODULE names settings.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from django.utils.module_loading import import_string
 
 from kms_hasher import encoding, inner, modes
 from kms_hasher.encoding import Header, SealedHash
+from kms_hasher.inner import BCryptParameters
 from kms_hasher.modes.base import Mode
 
 _MULTI_REGION = encoding.key_ref("mrk-" + 32 * "f")
@@ -25,8 +27,10 @@ def of(hasher: Any, mode: Mode, *, data_keys: int = 10_000_000, spec: str = "RSA
 
     `data_keys` is how many there may be, `spec` that of an RSA key.
     """
-    salt = hasher.salt()
-    header = Header(hasher.algorithm, hasher._parameters(), salt.encode())
+    salt, parameters = hasher.salt(), hasher._parameters()
+    if isinstance(parameters, BCryptParameters):  # whose alphabet is not quite ours
+        salt = "." * len(salt)
+    header = Header(hasher.algorithm, parameters, salt.encode())
     size = header.kind.size
     blobs: dict[str, tuple[str, int]] = {
         "d1": (_MULTI_REGION, SYMMETRIC + size),

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from django.contrib.auth.signals import user_logged_in
-from django.db import Error, connections, router, transaction
+from django.db import Error, router
 
 from kms_hasher import conf, encoding
-from kms_hasher.columns import Column
+from kms_hasher.columns import Column, savepoint
 from kms_hasher.exceptions import KMSHasherError, MalformedHash
 from kms_hasher.models import AliasPeriod
 
@@ -45,7 +43,7 @@ def rewrap(sender: Any, user: Any, **kwargs: Any) -> None:
             stored.mode, modes.by_name(settings.mode).spec
         ):
             return
-        with _savepoint(router.db_for_read(AliasPeriod)):
+        with savepoint(router.db_for_read(AliasPeriod)):
             period = history.current_period(settings.alias)
         present, *of_mac = stored.key_ref.split(".")
         if period is None or period.key.ref == present:
@@ -56,7 +54,7 @@ def rewrap(sender: Any, user: Any, **kwargs: Any) -> None:
         model = type(user)
         database = router.db_for_write(model, instance=user)
         column = Column(model, model._meta.get_field("password"), database)
-        with _savepoint(database):
+        with savepoint(database):
             swapped = column.swap(user.pk, old, new)
         if swapped:
             user.password = new
@@ -72,13 +70,3 @@ def _keeps_sessions(user: Any, stored: encoding.SealedHash, ref: str) -> bool:
     other = copy.copy(user)
     other.password = str(dataclasses.replace(stored, key_ref=ref))
     return bool(other.get_session_auth_hash() == user.get_session_auth_hash())
-
-
-@contextlib.contextmanager
-def _savepoint(database: str) -> Iterator[None]:
-    """Keep a statement that fails from spoiling the transaction that the login may be in."""
-    if connections[database].in_atomic_block:
-        with transaction.atomic(using=database):
-            yield
-    else:
-        yield

@@ -37,7 +37,7 @@ from django.utils.translation import gettext_lazy as _
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import conf, encoding, modes
-from kms_hasher.columns import Column
+from kms_hasher.columns import Column, savepoint
 from kms_hasher.exceptions import KMSHasherError
 
 logger = logging.getLogger("kms_hasher")
@@ -158,6 +158,7 @@ def move(user: Any, raw_password: str) -> None:
     it was. Does nothing without REWRAP_ON_LOGIN, or where sessions hang on the whole column.
     """
     from kms_hasher import history, keyring  # takes the database, and AWS's library
+    from kms_hasher.models import Key
 
     old, settings = user.password, conf.get()
     try:
@@ -166,7 +167,8 @@ def move(user: Any, raw_password: str) -> None:
             return
         if stored.mode == target.code:
             alias = settings.mac_alias if settings.mode == "mac_in_direct" else settings.alias
-            period = history.current_period(alias) if alias else None
+            with savepoint(router.db_for_read(Key)):
+                period = history.current_period(alias) if alias else None
             if period is None or period.key.ref == stored.key_ref.rpartition(".")[2]:
                 return
         hasher: Any = get_hasher(stored.header.algorithm)
@@ -190,8 +192,9 @@ def _swap(user: Any, old: str, new: str) -> None:
         model = type(user)
         database = router.db_for_write(model, instance=user)
         field = user._meta.get_field("password")
-        if not Column(model, field, database).swap(user.pk, old, new):
-            return
+        with savepoint(database):
+            if not Column(model, field, database).swap(user.pk, old, new):
+                return
     user.password = new
 
 

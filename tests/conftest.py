@@ -11,6 +11,7 @@ from kms_hasher import breaker, keyring
 from kms_hasher.audit import recorder
 from kms_hasher.providers.base import Provider
 from kms_hasher.signals import Event, kms_event
+from tests import modes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,10 +28,18 @@ def kms(key_arn: str) -> Iterator[Provider]:
     """The local provider, with the alias put back and the key enabled afterwards."""
     provider = keyring.provider()
     yield provider
-    if provider.describe_key(key_arn).state == "PendingDeletion":
-        provider.cancel_key_deletion(key_arn)
-    provider.enable_key(key_arn)
-    provider.update_alias("alias/tests", key_arn)
+    modes.put_back(provider, "alias/tests", key_arn)
+
+
+@pytest.fixture(params=modes.NAMES)
+def mode(request: pytest.FixtureRequest, settings: Any, kms: Provider) -> Iterator[str]:
+    """The name of each mode in turn, which the settings name."""
+    audit = settings.KMS_HASHER["AUDIT"]
+    modes.use(settings, request.param)
+    yield request.param
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "MODE": "direct", "AUDIT": audit}
+    modes.restore()
+    modes.forget()
 
 
 @pytest.fixture(autouse=True)

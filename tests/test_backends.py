@@ -21,11 +21,14 @@ from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import Group, Permission, User
 from django.contrib.auth.signals import user_login_failed
 from django.contrib.contenttypes.models import ContentType
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
-from kms_hasher import backends, background, exceptions, hashers, keyring
+from kms_hasher import backends, background, data_keys, exceptions, hashers, keyring
 from kms_hasher.backends import KMSModelBackend
 from kms_hasher.models import DataKey
 from kms_hasher.providers.base import Provider
+from tests import modes
 
 pytestmark = pytest.mark.django_db
 PASSWORD = "correct horse battery staple"
@@ -164,7 +167,89 @@ class TestOneCallOfOneKind:
         assert calls() == []
 
 
+class TestEveryMode:
+    """Kind and number of the calls are equal for all, in each mode."""
+
+    NAMES = ("anna", "nobody", "inactive", "unusable", "gibberish", "foreign", "barred")
+
+    @pytest.fixture(autouse=True)
+    def prewarmed(self, mode: str) -> None:
+        anna = User.objects.create_user("anna", password=PASSWORD)
+        User.objects.create_user("inactive", password=PASSWORD, is_active=False)
+        User.objects.create_user("unusable", password=None)
+        for name, password in {
+            "gibberish": "what a gibberish",
+            "foreign": "no_such_hasher$1$salt$hash",
+            "barred": f"!{anna.password}",
+        }.items():
+            User.objects.create(username=name, password=password)
+        backends.prewarm()
+
+    @pytest.mark.parametrize("password", [PASSWORD, "wrong"])
+    def test_whoever_is_asked_for(
+        self, password: str, mode: str, attempt: Attempt, events: list[Any]
+    ) -> None:
+        for name in self.NAMES:
+            del events[:]
+            found = attempt(name, password)
+            assert (found is not None) == (name == "anna" and password == PASSWORD)
+            assert [(e.operation, e.purpose, e.outcome) for e in events] == [
+                (operation, "login", "success") for operation in modes.LOGIN[mode]
+            ], name
+
+    def test_queries_too(self, mode: str) -> None:
+        """Of a wrong password: a right one is seen by what follows."""
+        assert sign_in("anna", "wrong") is None  # what is noted at most once in a while
+        counted = set()
+        for name in self.NAMES:
+            with CaptureQueriesContext(connection) as queries:
+                assert sign_in(name, "wrong") is None
+            counted.add(len(queries))
+        assert len(counted) == 1
+
+    def test_again_and_again(self, mode: str, attempt: Attempt, calls: Calls) -> None:
+        done = len(calls())
+        for name in ("nobody", "anna", "nobody", "inactive", "nobody"):
+            attempt(name, "wrong")
+        assert calls()[done:] == modes.LOGIN[mode] * 5
+
+    def test_prewarm(self, mode: str, calls: Calls) -> None:
+        backends._decoys.clear()
+        done = len(calls())
+        backends.prewarm()
+        assert calls()[done:] == modes.SET[mode]
+
+    def test_the_decoy_s_keys_are_rotated_away(
+        self, mode: str, attempt: Attempt, kms: Provider
+    ) -> None:
+        for alias in {modes.KEYS[mode], *(["alias/tests-mac"] if "mac" in mode else [])}:
+            found = kms.describe_key(alias)
+            new = kms.create_key(spec=found.spec, usage=found.usage).key_arn
+            kms.update_alias(alias, new)
+            kms.disable_key(found.key_arn)
+        if mode == "envelope":
+            data_keys.retire()
+        modes.forget()
+        try:
+            for _ in range(2):
+                assert attempt("nobody") is None
+        finally:
+            kms.enable_key(found.key_arn)
+
+
 class TestDecoy:
+    def test_its_data_key_is_gone(
+        self, attempt: Attempt, settings: Any, kms: Provider, calls: Calls
+    ) -> None:
+        """No row names it: nothing keeps it from being deleted."""
+        modes.use(settings, "envelope")
+        backends.prewarm()
+        DataKey.objects.all().delete()
+        assert calls() == ["GenerateDataKey"]
+        assert attempt("nobody") is None
+        assert attempt("nobody") is None
+        assert calls() == ["GenerateDataKey", "GenerateDataKey", "Decrypt"]
+
     def test_without_prewarm_the_first_attempt_makes_it(
         self, attempt: Attempt, calls: Calls
     ) -> None:

@@ -80,6 +80,19 @@ def test_keys_that_kms_takes(key: str) -> None:
         ({"FALLBACK_REGIONS": ["eu-west-1"]}, "needs KMS_HASHER['KEY'] as the ARN"),
         ({"AUDIT": "loud"}, "use one of durable, inline, off"),
         ({"AUDIT_STRICT": 1}, "must be of type bool"),
+        ({"MODE": None}, "must be of type str"),
+        ({"MODE": "mac_in_direct"}, "needs KMS_HASHER['MAC_KEY']"),
+        ({"MODE": "mac_in_direct", "MAC_KEY": "hmac"}, "KMS_HASHER['MAC_KEY'] holds 'hmac'"),
+        ({"MAC_KEY": f"{HOME}:key/x"}, "neither an alias"),
+        ({"MODE": "public_key", "PUBLIC_KEY": "PEM"}, "KMS_HASHER['KEY'] names an alias"),
+        ({"DATA_KEY_USERS": 0}, "must be at least 1"),
+        ({"DATA_KEY_USERS": True}, "must be of type int"),
+        ({"DATA_KEY_USERS": 1.5}, "must be of type int"),
+        ({"DATA_KEY_DAYS": -1}, "must be at least 1"),
+        ({"DATA_KEY_CACHE_SECONDS": -0.1}, "must be 0 or more seconds"),
+        ({"DATA_KEY_CACHE_SECONDS": float("inf")}, "must be 0 or more seconds"),
+        ({"DATA_KEY_CACHE_SECONDS": float("nan")}, "must be 0 or more seconds"),
+        ({"DATA_KEY_CACHE_SECONDS": False}, "must be of type int or float"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[Any, Any], says: str) -> None:
@@ -99,6 +112,33 @@ def test_not_a_dictionary(raw: Any) -> None:
         pytest.raises(ConfigurationError, match="dictionary"),
     ):
         conf.get()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"MODE": "mac_in_direct", "MAC_KEY": "alias/hmac"},
+        {"MODE": "mac_in_direct", "MAC_KEY": KEY_ID},
+        {"MODE": "mac_in_direct", "MAC_KEY": f"{HOME}:alias/hmac"},
+        {"MODE": "public_key"},
+        {"MODE": "public_key", "KEY": KEY_ID, "PUBLIC_KEY": "PEM"},
+        {"MODE": "public_key", "KEY": f"{HOME}:key/{KEY_ID}", "PUBLIC_KEY": "PEM"},
+        {"MODE": "envelope", "DATA_KEY_CACHE_SECONDS": 0.5, "DATA_KEY_USERS": 1},
+        {"MODE": "direct", "MAC_KEY": "alias/hmac", "PUBLIC_KEY": "PEM"},
+    ],
+)
+def test_settings_of_the_modes(settings: dict[str, Any]) -> None:
+    found = get(**settings)
+    assert modes.by_name(found.mode)
+    for name, value in settings.items():
+        assert getattr(found, name.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "alias"), [("", ""), (KEY_ID, ""), ("alias/x", "alias/x"), (f"{HOME}:alias/x",) * 2]
+)
+def test_the_alias_of_the_mac_key(key: str, alias: str) -> None:
+    assert get(MAC_KEY=key).mac_alias == alias
 
 
 class TestWhereAKeyIs:
@@ -190,3 +230,45 @@ class TestModes:
     def test_unknown_code(self) -> None:
         with pytest.raises(MalformedHash):
             modes.by_code("x9")
+        assert not modes.is_known("x9")
+        assert modes.name_of("x9") == "x9"
+        assert modes.rewraps("x9", "SYMMETRIC_DEFAULT")  # so that its rows are told as bad
+        assert not modes.converts("x9", "direct")
+
+    def test_codes_are_names(self) -> None:
+        for name, mode in modes.MODES.items():
+            assert modes.by_code(mode.code) is modes.by_name(name) is mode
+            assert modes.is_known(mode.code)
+            assert modes.name_of(mode.code) == name
+
+    @pytest.mark.parametrize(
+        ("name", "specs"),
+        [
+            ("direct", {"SYMMETRIC_DEFAULT"}),
+            ("public_key", {"RSA_2048", "RSA_4096"}),
+            ("envelope", set()),
+            ("mac", set()),
+            ("mac_in_direct", {"SYMMETRIC_DEFAULT"}),
+        ],
+    )
+    def test_what_re_encrypt_reaches(self, name: str, specs: set[str]) -> None:
+        code = modes.by_name(name).code
+        every = ("SYMMETRIC_DEFAULT", "RSA_2048", "RSA_4096", "HMAC_256")
+        assert {spec for spec in every if modes.rewraps(code, spec)} == specs
+
+    def test_what_converts(self) -> None:
+        held = {"direct", "public_key", "envelope"}
+        for source in modes.MODES:
+            for target in modes.MODES:
+                may = source != target and (source in held or target not in held)
+                assert modes.converts(modes.by_name(source).code, target) is may
+
+    def test_widths(self) -> None:
+        found = {name: modes.width(name) for name in modes.MODES}
+        assert found == {
+            "direct": 1024,
+            "public_key": 1024,
+            "envelope": 128,
+            "mac": 128,
+            "mac_in_direct": 1024,
+        }

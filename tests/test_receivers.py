@@ -16,8 +16,10 @@ from django.db.models.signals import post_save, pre_save
 from django.test import AsyncClient, Client
 from django.test.utils import CaptureQueriesContext
 
-from kms_hasher import columns, encoding, exceptions, history, keyring, receivers
+from kms_hasher import columns, data_keys, encoding, exceptions, history, keyring, receivers
+from kms_hasher.modes import MODES
 from kms_hasher.providers.base import Provider
+from tests import modes
 
 pytestmark = pytest.mark.django_db
 PASSWORD = "correct horse battery staple"
@@ -313,3 +315,82 @@ class TestChangedMeanwhile:
         User.objects.filter(pk=user.pk).delete()
         receivers.rewrap(sender=User, user=user)
         assert not User.objects.filter(pk=user.pk).exists()
+
+
+class TestEveryMode:
+    """Where the mode has ReEncrypt, by it; else nothing is done here."""
+
+    @pytest.fixture(autouse=True)
+    def moved(self, mode: str, kms: Provider, events: list[Any]) -> str:
+        """The ref of the key that KEY's alias has moved to since a user was made."""
+        User.objects.create_superuser("anna", "anna@example.org", PASSWORD)
+        alias = modes.KEYS[mode]
+        found = kms.describe_key(alias)
+        arn = kms.create_key(spec=found.spec, usage=found.usage).key_arn
+        kms.update_alias(alias, arn)
+        modes.forget()
+        data_keys.retire()
+        make_password("another's")  # which shows it
+        period = history.current_period(alias)
+        assert period is not None
+        assert period.key.arn == arn
+        del events[:]
+        return encoding.key_ref(arn)
+
+    def test_after_a_login(self, mode: str, moved: str, calls: Calls) -> None:
+        before = stored()
+        client = sign_in()
+        after = stored()
+        again = {"mac": ["GenerateMac"], "envelope": []}.get(mode, ["ReEncrypt"])
+        assert calls() == modes.LOGIN[mode] + again
+        assert is_signed_in(client)
+        assert after.header == before.header
+        if mode != "envelope":  # of which the data keys are re-wrapped
+            assert after.key_ref.split(".")[0] == moved != before.key_ref.split(".")[0]
+            assert after.key_ref.split(".")[1:] == before.key_ref.split(".")[1:]
+        else:
+            assert after == before
+        done = len(calls())
+        sign_in()
+        assert calls()[done:] == modes.LOGIN[mode]
+
+    def test_the_receiver_alone(self, mode: str, moved: str, calls: Calls) -> None:
+        user = User.objects.get(username="anna")
+        text = user.password
+        receivers.rewrap(sender=User, user=user)
+        rewraps = MODES[mode].rewraps
+        assert calls() == (["ReEncrypt"] if rewraps else [])
+        assert (user.password != text) is rewraps
+        assert User.objects.get(username="anna").password == user.password
+
+    def test_kms_that_fails_there(
+        self, mode: str, moved: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise exceptions.KMSTimeout
+
+        monkeypatch.setattr(keyring.provider(), "re_encrypt", fail)
+        before = stored()
+        client = sign_in()
+        assert is_signed_in(client)
+        if MODES[mode].rewraps:
+            assert stored() == before
+
+
+def test_what_is_in_another_mode_is_not_rewrapped_under_a_key_of_another_kind(
+    user: User, settings: Any, kms: Provider, calls: Calls
+) -> None:
+    """The alias of KEY is an RSA key's, and what is stored `direct`."""
+    modes.use(settings, "public_key")
+    make_password("another's")
+    done = len(calls())
+    receivers.rewrap(sender=User, user=user)
+    assert calls()[done:] == []
+    modes.forget()
+
+
+def test_a_mode_nobody_knows(user: User, new_key: str, calls: Calls) -> None:
+    done = len(calls())
+    user.password = user.password.replace("$d1$", "$x9$")
+    receivers.rewrap(sender=User, user=user)
+    assert calls()[done:] == []

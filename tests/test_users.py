@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +16,21 @@ from django.contrib.auth.tokens import PasswordResetTokenGenerator, default_toke
 from django.core.exceptions import FieldDoesNotExist, ValidationError
 from django.core.management import call_command
 from django.core.validators import MaxLengthValidator
-from django.db import DatabaseError, connection
-from django.test import Client
+from django.db import DatabaseError, connection, transaction
+from django.test import AsyncClient, Client
 from django.test.utils import isolate_apps
 from django.urls import reverse
 
-from kms_hasher import encoding, users
+from kms_hasher import encoding, exceptions, keyring, users
 from kms_hasher.columns import Column
 from kms_hasher.encoding import Argon2Parameters, Header, SealedHash
+from kms_hasher.modes import MODES
+from kms_hasher.providers.base import Provider
 from kms_hasher.users import KMSUserMixin
-from tests import projects
+from tests import modes, projects
 from tests.hashers import CheapArgon2PasswordHasher
 
+PASSWORD = "correct horse battery staple"
 STOCK = {"PASSWORD_HASHERS": ["tests.hashers.CheapArgon2PasswordHasher"]}
 KEYS = [encoding.key_ref(str(uuid.UUID(int=n))) for n in (1, 2)]
 
@@ -428,3 +431,272 @@ class TestUpgradeAtLogin:
         assert user.check_password("secret")
         assert user.password.startswith("kms_argon2$")
         assert not User.objects.filter(username="unsaved").exists()
+
+
+LOGIN = {"username": "anna", "password": PASSWORD}
+
+
+@pytest.mark.django_db
+class TestMovedAtLogin:
+    """What only the password can bring into the present mode, or under the present MAC key."""
+
+    @pytest.fixture(autouse=True)
+    def clean(self, kms: Provider) -> Iterator[None]:
+        yield
+        modes.restore()
+        modes.forget()
+
+    @pytest.fixture(params=[False, True], ids=["sync", "async"])
+    def login(self, request: pytest.FixtureRequest) -> Callable[[], Any]:
+        def sync() -> Client:
+            client = Client()
+            assert client.post("/admin/login/?next=/admin/", LOGIN).status_code == 302
+            return client
+
+        def on_loop() -> AsyncClient:
+            client = AsyncClient()
+            post: Any = async_to_sync(client.post)
+            assert post("/admin/login/?next=/admin/", LOGIN).status_code == 302
+            return client
+
+        return on_loop if request.param else sync
+
+    @staticmethod
+    def make(settings: Any, mode: str) -> User:
+        modes.use(settings, mode)
+        return User.objects.create_superuser("anna", "anna@example.org", PASSWORD)
+
+    @staticmethod
+    def move_alias(kms: Provider, alias: str) -> str:
+        """Move it to another key, which is seen here by the next new password."""
+        found = kms.describe_key(alias)
+        arn = kms.create_key(spec=found.spec, usage=found.usage).key_arn
+        kms.update_alias(alias, arn)
+        make_password("another's")
+        return encoding.key_ref(arn)
+
+    @pytest.mark.parametrize("mode", ["mac", "mac_in_direct"])
+    def test_a_mac_comes_under_the_present_key(
+        self,
+        mode: str,
+        login: Callable[[], Any],
+        settings: Any,
+        kms: Provider,
+        calls: Callable[[], list[str]],
+        events: list[Any],
+    ) -> None:
+        user = self.make(settings, mode)
+        other = Client()
+        other.force_login(user)
+        ref = self.move_alias(kms, "alias/tests-mac")
+        before = encoding.parse(User.objects.get().password)
+        del events[:]
+        login()
+        after = encoding.parse(User.objects.get().password)
+        assert calls() == modes.LOGIN[mode] + modes.SET[mode]
+        assert {event.purpose for event in events} == {"login"}
+        assert after.header == before.header
+        assert after.key_ref.split(".")[-1] == ref != before.key_ref.split(".")[-1]
+        assert is_signed_in(other)
+        done = len(calls())
+        login()
+        assert calls()[done:] == modes.LOGIN[mode]
+        assert encoding.parse(User.objects.get().password) == after
+
+    @pytest.mark.parametrize("source", modes.NAMES)
+    @pytest.mark.parametrize("target", modes.NAMES)
+    def test_into_the_mode_of_the_settings(
+        self,
+        source: str,
+        target: str,
+        login: Callable[[], Any],
+        settings: Any,
+        calls: Callable[[], list[str]],
+    ) -> None:
+        user = self.make(settings, source)
+        other = Client()
+        other.force_login(user)
+        modes.use(settings, target)
+        done = len(calls())
+        login()
+        moved = encoding.parse(User.objects.get().password)
+        assert moved.mode == MODES[target].code
+        assert moved.header == encoding.parse(user.password).header
+        if source != target:
+            first = modes.FIRST[target]
+            assert calls()[done:] in (
+                modes.LOGIN[source] + first,
+                modes.LOGIN[source] + modes.SET[target],
+            )
+        assert is_signed_in(other)
+        done = len(calls())
+        login()
+        assert calls()[done:] == modes.LOGIN[target]
+
+    def test_not_by_a_wrong_password(self, settings: Any) -> None:
+        user = self.make(settings, "direct")
+        modes.use(settings, "envelope")
+        assert not user.check_password("wrong")
+        assert not async_to_sync(user.acheck_password)("wrong")
+        assert User.objects.get().password == user.password
+
+    @pytest.mark.parametrize("awaited", [False, True])
+    def test_by_the_model_s_own_method(self, awaited: bool, settings: Any) -> None:
+        user = self.make(settings, "direct")
+        modes.use(settings, "mac")
+        check = async_to_sync(user.acheck_password) if awaited else user.check_password
+        assert check(PASSWORD)
+        assert User.objects.get().password == user.password
+        assert "$m1$" in user.password
+        assert not check(None)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            exceptions.KMSTimeout(),
+            exceptions.KMSAccessDenied(),
+            exceptions.KeyNotFound(),
+            exceptions.KMSCircuitOpen(),
+            RuntimeError("a provider of the site's own"),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_kms_that_fails_there_fails_no_login(
+        self,
+        error: Exception,
+        login: Callable[[], Any],
+        settings: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            raise error
+
+        user = self.make(settings, "direct")
+        modes.use(settings, "mac")
+        monkeypatch.setattr(keyring.provider(), "generate_mac", fail)
+        login()
+        assert User.objects.get().password == user.password
+        assert "A password could not be moved at a login: " in caplog.text
+        assert PASSWORD not in caplog.text
+
+    def test_a_password_changed_meanwhile_stays(
+        self, settings: Any, kms: Provider, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        user = self.make(settings, "direct")
+        changed = make_password("changed")
+        modes.use(settings, "mac")
+        real = kms.generate_mac
+
+        def generate_mac(*args: Any, **kwargs: Any) -> Any:
+            User.objects.update(password=changed)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(kms, "generate_mac", generate_mac)
+        old = user.password
+        assert user.check_password(PASSWORD)
+        assert User.objects.get().password == changed
+        assert user.password == old
+
+    def test_a_user_without_a_row(self, settings: Any) -> None:
+        password = self.make(settings, "direct").password
+        modes.use(settings, "mac")
+        user = User(username="unsaved", password=password)
+        assert user.check_password(PASSWORD)
+        assert "$m1$" in user.password
+
+    def test_not_if_the_settings_say_so(self, settings: Any, calls: Any) -> None:
+        user = self.make(settings, "direct")
+        modes.use(settings, "mac", REWRAP_ON_LOGIN=False)
+        done = len(calls())
+        assert user.check_password(PASSWORD)
+        assert calls()[done:] == ["Decrypt"]
+        assert "$d1$" in User.objects.get().password
+
+    def test_not_where_it_would_end_the_session(
+        self, settings: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        user = self.make(settings, "direct")
+        modes.use(settings, "mac")
+        monkeypatch.setattr(
+            User, "_get_session_auth_hash", AbstractBaseUser._get_session_auth_hash
+        )
+        assert user.check_password(PASSWORD)
+        assert "$d1$" in User.objects.get().password
+
+    def test_a_key_is_named_and_no_alias(
+        self, settings: Any, kms: Provider, calls: Any
+    ) -> None:
+        user = self.make(settings, "mac")
+        arn = kms.describe_key("alias/tests-mac").key_arn
+        settings.KMS_HASHER = {**settings.KMS_HASHER, "KEY": arn.rpartition("/")[2]}
+        done = len(calls())
+        assert user.check_password(PASSWORD)
+        assert calls()[done:] == ["GenerateMac"]
+
+    def test_nothing_is_known_of_the_alias(
+        self, settings: Any, calls: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        user = self.make(settings, "mac")
+        monkeypatch.setattr("kms_hasher.history.current_period", lambda alias: None)
+        done = len(calls())
+        assert user.check_password(PASSWORD)
+        assert calls()[done:] == ["GenerateMac"]
+
+    def test_an_upgrade_goes_into_the_mode_by_itself(self, settings: Any, calls: Any) -> None:
+        modes.use(settings, "mac")
+        make_password("another's")
+        user = User.objects.create(
+            username="stock",
+            password=make_password(PASSWORD, hasher=CheapArgon2PasswordHasher()),
+        )
+        done = len(calls())
+        assert user.check_password(PASSWORD)
+        assert calls()[done:] == ["GenerateMac"]
+        assert "$m1$" in User.objects.get(username="stock").password
+
+    @pytest.mark.parametrize("place", ["history", "swap"])
+    def test_the_request_s_transaction_lives_on(
+        self,
+        place: str,
+        settings: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        """PostgreSQL refuses all that follows a failed statement."""
+
+        def fail(*args: Any, **kwargs: Any) -> Any:
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1 FROM no_such_table")
+
+        if place == "history":
+            user = self.make(settings, "mac")
+            monkeypatch.setattr("kms_hasher.history.current_period", fail)
+        else:
+            user = self.make(settings, "direct")
+            modes.use(settings, "mac")
+            monkeypatch.setattr(Column, "swap", fail)
+        with transaction.atomic():
+            assert user.check_password(PASSWORD)
+            assert User.objects.get().password == user.password
+        assert "could not be moved at a login: " in caplog.text
+        assert "no_such_table" not in caplog.text
+
+    @pytest.mark.parametrize(
+        ("password", "may"),
+        [
+            ("", False),
+            ("!", False),
+            ("argon2$x", False),
+            ("kms_argon2$gibberish", False),
+            ("sealed", False),
+        ],
+    )
+    def test_may_move(self, password: str, may: bool, settings: Any) -> None:
+        user = self.make(settings, "direct")
+        user.password = user.password if password == "sealed" else password
+        assert users.may_move(user) is may
+        modes.use(settings, "mac")
+        assert users.may_move(user) is (password == "sealed")
+        settings.KMS_HASHER = {"KYE": "broken"}
+        assert users.may_move(user) is False
