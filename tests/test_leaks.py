@@ -443,7 +443,7 @@ def read_the_admin(crawl: Crawl) -> None:
     anna = User.objects.get(username="anna")
     client.force_login(anna)
     pages = [f"/admin/auth/user/{anna.pk}/change/", "/admin/auth/user/", "/admin/"]
-    for model in ("auditevent", "key", "aliasperiod", "rotation"):
+    for model in ("auditevent", "key", "aliasperiod", "rotationrun"):
         listing = f"/admin/kms_hasher/{model}/"
         pages.append(listing)
         objects = admin.site._registry
