@@ -33,6 +33,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import background, conf, encoding, keyring, users
 from kms_hasher.exceptions import (
+    ConfigurationError,
     DataKeyMissing,
     KeyNotFound,
     KeyUnusable,

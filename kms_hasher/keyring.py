@@ -117,7 +117,11 @@ def open_beside(
     try:
         digest = background.compute(compute)
     finally:
-        future.exception()  # waits
+        try:
+            future.exception()  # waits
+        except BaseException:  # a signal: the call goes on, and is told when it ends
+            future.add_done_callback(lambda _: _emit_all(events))
+            raise
         unrecorded = _emit_all(events)
     opened = future.result()  # KMS's own error says more than an AuditError
     if unrecorded:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -249,3 +250,30 @@ def test_an_answer_without_a_ciphertext_is_not_stored(
     with pytest.raises(KMSBadResponse, match="no ciphertext"):
         keyring.seal(HEADER, DIGEST)
     assert [event.outcome for event in events] == ["unavailable"]
+
+
+def test_a_call_that_is_no_longer_waited_for_leaves_its_event(
+    events: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, asked, go_on = keyring.seal(HEADER, DIGEST), threading.Event(), threading.Event()
+    decrypt = keyring.provider().decrypt
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        asked.set()
+        assert go_on.wait(10)
+        return decrypt(*args, **kwargs)
+
+    def interrupted(self: Any, timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keyring.provider(), "decrypt", slow)
+    monkeypatch.setattr(Future, "exception", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        keyring.open_beside(stored, lambda: DIGEST)
+    assert asked.wait(10)
+    before = len(events)
+    go_on.set()
+    until = time.monotonic() + 10
+    while len(events) == before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [event.operation for event in events[before:]] == ["Decrypt"]
