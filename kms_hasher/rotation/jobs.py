@@ -255,7 +255,8 @@ class _Opening(abc.ABC):
         return True
 
     def check(self) -> None:
-        pass
+        """Nothing of what it goes by can change meanwhile."""
+        return
 
 
 class Unwrap(_Opening):
