@@ -29,7 +29,7 @@ from kms_hasher import exceptions as errors
 from kms_hasher.models import DataKey, Key, RotationRun
 from kms_hasher.modes import public_key
 from kms_hasher.providers.base import Provider
-from kms_hasher.rotation import engine, jobs, plan, rotate, runs, sweeps, workers
+from kms_hasher.rotation import costs, engine, jobs, plan, rotate, runs, sweeps, workers
 from kms_hasher.rotation.engine import Options
 from kms_hasher.signals import Event, kms_event
 from tests.test_migrations import alter_column, migrate
@@ -1107,3 +1107,42 @@ def test_the_key_page_shows_the_fingerprint(enter: Enter, admin_client: Any) -> 
     key = Key.objects.get(spec="RSA_2048")
     page = admin_client.get(f"/admin/kms_hasher/key/{key.pk}/change/").content.decode()
     assert key.fingerprint and key.fingerprint in page
+
+
+# --- what is seldom -----------------------------------------------------------------
+
+
+def test_a_move_takes_the_data_keys_that_there_are(
+    enter: Enter, work: Callable[[], Counter[str]]
+) -> None:
+    enter("direct")
+    make_users(5)
+    enter("envelope", DATA_KEY_USERS=2)
+    data_keys.prepare(2)
+    planned = rotate_("--to-mode", "envelope", "--dry-run")["operations"]
+    assert planned == {"Decrypt": 5 + 2, "GenerateDataKey": 1}
+    work()
+    rotate_("--to-mode", "envelope")
+    assert work() == planned
+    enter("direct")
+    data_keys.prepare(3)
+    enter("envelope", DATA_KEY_USERS=2)
+    assert costs.sealing("envelope", 1) == {"Decrypt": 1}  # and not of all that are open
+
+
+def test_a_mac_of_a_hasher_that_is_not_listed_waits_too(enter: Enter, settings: Any) -> None:
+    enter("mac")
+    list_hashers(settings, sealing_first=True)
+    stock_users()
+    call("wrap_passwords", "--noinput")
+    before = passwords()
+    list_hashers(settings, sealing_first=True, left_out="md5")
+    enter("direct")
+    done = rotate_("--to-mode", "direct")
+    assert (done["rewritten"], done["failed"], done["waiting"]) == (0, 0, 7)
+    assert passwords() == before
+
+
+def test_what_a_sealing_hasher_of_the_sites_own_makes_is_no_stock_hash() -> None:
+    User.objects.create(username="anna", password="own$hash")
+    assert not jobs.stock(User.objects.all(), "password", ["kms_own"]).exists()

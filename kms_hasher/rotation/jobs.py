@@ -8,6 +8,7 @@ runs in the thread that walks the rows.
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -202,7 +203,7 @@ class Wrap:
         pass
 
 
-class _Opening:
+class _Opening(abc.ABC):
     """What opens rows: the state of a key, and a row that is damaged, are the row's matter."""
 
     until_clean = True
@@ -228,12 +229,13 @@ class _Opening:
 
         return in_thread(checked)
 
+    @abc.abstractmethod
     def wants(self, stored: SealedHash) -> bool:
-        raise NotImplementedError
+        """Return whether the value is to be rewritten. Raises `MalformedHash`."""
 
+    @abc.abstractmethod
     def call(self, stored: SealedHash) -> Callable[[], str]:
         """Return the call that gives the new value, from any thread."""
-        raise NotImplementedError
 
     def blames_row(self, value: str, error: KMSHasherError) -> bool:
         if isinstance(error, _ROW_ERRORS):
@@ -258,7 +260,8 @@ class _Opening:
         return True
 
     def check(self) -> None:
-        pass
+        """Nothing of what it goes by can change meanwhile."""
+        return
 
 
 class Unwrap(_Opening):
