@@ -168,7 +168,8 @@ def check_decoy(password: str, name: str = "") -> None:
     key = settings.key
     if key not in _decoys:
         _make_decoy(key)  # one call as well, if of another kind: see `prewarm`
-        return
+        if settings.mode != "public_key":
+            return
     try:
         if settings.mode == "envelope" and settings.data_key_cache_seconds:
             _check_elsewhere(password, name, _decoys[key])

@@ -32,6 +32,7 @@ from kms_hasher.providers.base import Provider
 from kms_hasher.rotation import costs, engine, jobs, plan, rotate, runs, sweeps, workers
 from kms_hasher.rotation.engine import Options
 from kms_hasher.signals import Event, kms_event
+from tests.modes import make_keys
 from tests.test_migrations import alter_column, migrate
 
 pytestmark = pytest.mark.django_db
@@ -68,16 +69,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def other_keys(key_arn: str) -> dict[str, str]:
     """The ARNs of an RSA key and an HMAC key by their aliases, made once."""
-    provider = keyring.provider()
-    made = {
-        "alias/tests-rsa": provider.create_key(spec="RSA_2048").key_arn,
-        "alias/tests-mac": provider.create_key(
-            spec="HMAC_256", usage="GENERATE_VERIFY_MAC"
-        ).key_arn,
-    }
-    for alias, arn in made.items():
-        provider.create_alias(alias, arn)
-    return made
+    return make_keys()
 
 
 @pytest.fixture
@@ -416,7 +408,7 @@ def test_data_keys_hold_their_key_until_they_are_pruned(enter: Enter, key_arn: s
     refused = rotate_("--to-mode", "public_key", "--disable-old", status=1)
     assert "is still needed by 1 in kms_hasher.DataKey.sealed" in refused["error"]
     assert rotate_("--prune-data-keys")["deleted"] == 0  # retired just now
-    DataKey.objects.update(retired_at=timezone.now() - data_keys.REST)
+    DataKey.objects.update(retired_at=timezone.now() - data_keys.GRACE)
     assert rotate_("--prune-data-keys", "--dry-run")["data_keys"] == 1
     assert rotate_("--prune-data-keys")["deleted"] == 1
     given_up = rotate_("--to-mode", "public_key", "--disable-old")["given_up"]
@@ -658,7 +650,7 @@ def test_no_call_of_a_move_uses_the_database(
 
 def age() -> None:
     """Let the retired data keys have been retired long ago."""
-    DataKey.objects.exclude(retired_at=None).update(retired_at=timezone.now() - data_keys.REST)
+    DataKey.objects.exclude(retired_at=None).update(retired_at=timezone.now() - data_keys.GRACE)
 
 
 def numbers() -> set[int]:

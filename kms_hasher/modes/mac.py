@@ -8,7 +8,8 @@ against forgery (NIST SP 800-107, section 5.3.3, asks for 32 and more), and the 
 stays within 128 characters whatever the costs.
 
 `mac_in_direct`: the same, encrypted by KMS once more. The outer key rotates by ReEncrypt.
-Its key ref names both keys.
+Its key ref names both keys, and its encryption context has a use of its own, so that neither a
+MAC nor a digest opens in the other's place.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from kms_hasher.encoding import SealedHash, split_refs
 from kms_hasher.exceptions import KMSBadResponse, MalformedHash
 from kms_hasher.modes.base import HMAC, SYMMETRIC, Access, Opener
 from kms_hasher.providers import base
-from kms_hasher.providers.base import Encrypted, ReEncrypted
+from kms_hasher.providers.base import Context, Encrypted, ReEncrypted
 
 #: Bytes of a MAC that are kept, of the 32 that KMS makes.
 SIZE = 24
 _WHOLE = 32
+
+#: What the outer seal is for, as its encryption context says it.
+USE = "password-mac"
 
 
 class Mac:
@@ -89,7 +93,7 @@ class MacInDirect(Mac):
         def enclose(mac: bytes) -> SealedHash:
             @sensitive_variables()
             def enclose_by(key: str) -> Encrypted:
-                return kms.encrypt(key, mac, access.context)
+                return kms.encrypt(key, mac, _context(access))
 
             answer = access.anywhere(key, enclose_by)
             refs = f"{access.ref(answer.key_arn)}.{ref}"
@@ -102,7 +106,7 @@ class MacInDirect(Mac):
 
         @sensitive_variables()
         def open_by(key: str) -> bytes:
-            return kms.decrypt(key, stored.sealed, access.context).plaintext
+            return kms.decrypt(key, stored.sealed, _context(access)).plaintext
 
         return Opener(home, lambda: access.anywhere(home, open_by))
 
@@ -110,12 +114,16 @@ class MacInDirect(Mac):
         return split_refs(stored.key_ref)[1]
 
     def rewrap(self, access: Access, stored: SealedHash, key_arn: str) -> Any:
-        context, source = access.context, access.home(split_refs(stored.key_ref)[0])
+        context, source = _context(access), access.home(split_refs(stored.key_ref)[0])
         return access.kms().re_encrypt(source, stored.sealed, context, key_arn, context)
 
     def rewrapped(self, access: Access, stored: SealedHash, answer: ReEncrypted) -> SealedHash:
         refs = f"{access.ref(answer.key_arn)}.{self.mac_ref(stored)}"
         return SealedHash(stored.header, self.code, refs, answer.ciphertext)
+
+
+def _context(access: Access) -> Context:
+    return {**access.context, "use": USE}
 
 
 @sensitive_variables()
