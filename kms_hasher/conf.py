@@ -18,7 +18,7 @@ from kms_hasher.encoding import ARN, key_ref
 from kms_hasher.exceptions import ConfigurationError, MalformedHash
 
 #: What `AUDIT` may be; see `kms_hasher.audit.recorder`.
-AUDIT_MODES = ("durable", "inline", "off")
+AUDIT_MODES = ("durable", "buffered", "inline", "off")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Conf:
     databases: tuple[str, ...] = ()
     #: Bound into every seal, so that one site's blobs do not open on another's.
     deployment: str = ""
-    #: How events are stored: "durable", "inline" (for tests) or "off" (log lines only).
+    #: How events are stored: "durable", "buffered", "inline" (for tests), "off" (log lines).
     audit: str = "durable"
     #: Whether a call whose event cannot be stored fails.
     audit_strict: bool = False

@@ -78,7 +78,7 @@ def test_keys_that_kms_takes(key: str) -> None:
         ({"PREVIOUS_KEYS": [f"{HOME}:alias/x"]}, "give full key ARNs"),
         ({"PREVIOUS_KEYS": [f"{HOME}:key/x"]}, "neither an alias"),
         ({"FALLBACK_REGIONS": ["eu-west-1"]}, "needs KMS_HASHER['KEY'] as the ARN"),
-        ({"AUDIT": "loud"}, "use one of durable, inline, off"),
+        ({"AUDIT": "loud"}, "use one of durable, buffered, inline, off"),
         ({"AUDIT_STRICT": 1}, "must be of type bool"),
     ],
 )

@@ -22,6 +22,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from django.core.signals import request_finished
 from django.db import connections, router, transaction
 
 from kms_hasher import conf, encoding, history, signals
-from kms_hasher.audit import writer
+from kms_hasher.audit import store, writer
 from kms_hasher.exceptions import AuditError, MalformedHash
 from kms_hasher.models import AuditEvent, Key
 from kms_hasher.signals import Event
@@ -63,10 +64,13 @@ def receive(events: Sequence[Event], **kwargs: Any) -> None:
     place = ""
     try:
         place = writer.place(settings.audit, AuditEvent)
-        if place == writer.THREAD:
-            writer.submit_and_wait(_write_events, events)
+        if place == writer.HELD:
+            failed = functools.partial(_complain, events)
+            writer.hold(store.write, events, failed, strict=settings.audit_strict)
+        elif place == writer.THREAD:
+            writer.submit_and_wait(store.write, events)
         elif place == writer.HERE:
-            writer.write_here(AuditEvent, _write_events, events)
+            writer.write_here(AuditEvent, store.write, events)
         else:
             _defer(events)
     except Exception as error:  # noqa: BLE001  # a broken audit stops no login
@@ -86,7 +90,7 @@ def flush() -> None:
         return
     events = _take_pending()
     try:
-        writer.write_here(AuditEvent, _write_events, events)
+        writer.write_here(AuditEvent, store.write, events)
     except Exception as error:  # noqa: BLE001
         _complain(events, error)
     for event in events:
@@ -119,7 +123,7 @@ def _fields(event: Event) -> dict[str, Any]:
         "error_code": event.error_code,
         "key": event.key,
         "requested_key": event.requested_key,
-        "latency_us": _latency_us(event),
+        "latency_us": store.latency_us(event),
         "request_ids": list(event.request_ids),
         "sub": event.sub,
     }
@@ -136,38 +140,6 @@ def _log(event: Event) -> None:
 
 def _json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, separators=(",", ":"))
-
-
-def _latency_us(event: Event) -> int:
-    return max(0, round(event.latency * 1_000_000))
-
-
-def _row(event: Event) -> AuditEvent:
-    try:
-        ref = encoding.key_ref(event.key)
-    except MalformedHash:
-        ref = ""  # an alias, or nothing
-    return AuditEvent(
-        time=event.time,
-        operation=event.operation[:32],
-        purpose=event.purpose[:16],
-        outcome=event.outcome,
-        error_code=event.error_code[:64],
-        key_ref=ref,
-        requested_key=event.requested_key[:320],
-        latency_us=_latency_us(event),
-        request_ids=" ".join(event.request_ids),
-        sub=event.sub,
-    )
-
-
-def _write_events(events: Sequence[Event]) -> None:
-    database = router.db_for_write(AuditEvent)
-    if len(events) == 1:  # one round trip, where a transaction takes three
-        _row(events[0]).save(using=database, force_insert=True)
-    else:
-        rows = AuditEvent.objects.using(database)
-        rows.bulk_create([_row(event) for event in events])
 
 
 def _complain(events: Sequence[Event], error: BaseException | str) -> str:
@@ -230,7 +202,7 @@ def _note(event: Event, mode: str) -> None:
             return
         if mode != "inline":  # what is written inline may be rolled back
             _noted[name] = (event.key, event.time)
-        if place == writer.THREAD:
+        if place in (writer.THREAD, writer.HELD):
             # Nobody waits for it: the caller's transaction may have locked these rows.
             writer.submit(_write_history, [event]).add_done_callback(
                 lambda done: _forget(event, problem) if (problem := done.exception()) else None
