@@ -12,11 +12,8 @@ import datetime
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
-from django.db.models import Count
-from django.db.models.functions import TruncHour
 from django.template.loader import render_to_string
 from django.utils import formats, timezone
 from django.utils.safestring import SafeString
@@ -24,11 +21,7 @@ from django.utils.text import capfirst
 from django.utils.translation import gettext
 
 from kms_hasher import signals
-from kms_hasher.models import AuditEvent
-
-if TYPE_CHECKING:
-    from django.db.backends.base.base import BaseDatabaseWrapper
-    from django.db.models.sql.compiler import SQLCompiler
+from kms_hasher.audit import rollups
 
 #: Hours shown, the present one included.
 HOURS = 48
@@ -77,35 +70,17 @@ def calls_by_hour(
     ref: str, now: datetime.datetime | None = None
 ) -> dict[datetime.datetime, Counter[str]]:
     """Return the calls with the key of the last `HOURS` hours, oldest first, by outcome."""
-    # In UTC, as MySQL converts between zones only where their tables have been loaded.
-    last = now or timezone.now()
-    if settings.USE_TZ:
-        last = last.astimezone(datetime.timezone.utc)
-    last = last.replace(minute=0, second=0, microsecond=0)
-    hours = [last - datetime.timedelta(hours=back) for back in reversed(range(HOURS))]
-    rows = (
-        AuditEvent.objects.filter(key_ref=ref, time__gte=hours[0])
-        .annotate(hour=_Hour("time", tzinfo=datetime.timezone.utc))
-        .values_list("hour", "outcome")
-        .annotate(number=Count("pk"))
-        .order_by()
-    )
-    found: dict[datetime.datetime, Counter[str]] = {hour: Counter() for hour in hours}
-    for hour, outcome, number in rows:
-        if hour in found:
-            found[hour][outcome if outcome in signals.OUTCOMES else signals.ERROR] += number
-    return found
-
-
-class _Hour(TruncHour):
-    def as_sqlite(
-        self, compiler: SQLCompiler, connection: BaseDatabaseWrapper, **kwargs: Any
-    ) -> tuple[str, Any]:
-        if connection.timezone_name != "UTC":
-            return self.as_sql(compiler, connection)
-        # Django's own way asks Python about each row, at ten times the cost.
-        sql, params = compiler.compile(self.lhs)
-        return f"substr({sql}, 1, 13) || ':00'", params
+    last = rollups.hour_of(now or timezone.now())
+    since = last - datetime.timedelta(hours=HOURS - 1)
+    until = last + datetime.timedelta(hours=1)
+    found = rollups.series_by("outcome", since, until, latency=False, key_ref=ref)
+    hours: dict[datetime.datetime, Counter[str]] = {}
+    for hour, by_outcome in found.items():
+        hours[hour] = Counter()
+        for name, figures in by_outcome.items():
+            known = name if name in signals.OUTCOMES else signals.ERROR
+            hours[hour][known] += figures.count
+    return hours
 
 
 def render(ref: str, now: datetime.datetime | None = None) -> SafeString:

@@ -44,7 +44,8 @@ _EVENT = (
 #: What is counted apart.
 GROUP = ("hour", "key_ref", "operation", "purpose", "outcome", "bucket", "slot")
 
-_Row = tuple[Any, ...]
+#: The values of one row of either table.
+Row = tuple[Any, ...]
 
 _slot = random.randrange(SLOTS)  # noqa: S311
 
@@ -74,7 +75,7 @@ def write(events: Sequence[Event]) -> None:
         add(hours, database)
 
 
-def add(hours: Mapping[_Row, int], database: str) -> None:
+def add(hours: Mapping[Row, int], database: str) -> None:
     """Add to roll-ups the numbers of events by the values of `GROUP`."""
     connection = connections[database]
     rows = _summed(hours, connection)
@@ -86,20 +87,20 @@ def add(hours: Mapping[_Row, int], database: str) -> None:
             cursor.executemany(_add(connection), rows)
 
 
-def _summed(hours: Mapping[_Row, int], connection: Any) -> list[_Row]:
+def _summed(hours: Mapping[Row, int], connection: Any) -> list[Row]:
     """Return the rows in an order that all writers have in common: none can deadlock."""
     adapt = connection.ops.adapt_datetimefield_value
     return [(adapt(hour), *rest, count) for (hour, *rest), count in sorted(hours.items())]
 
 
-def _copy(cursor: Any, connection: Any, rows: Sequence[_Row]) -> None:
+def _copy(cursor: Any, connection: Any, rows: Sequence[Row]) -> None:
     table = connection.ops.quote_name(AuditEvent._meta.db_table)
     with cursor.copy(f"COPY {table} ({_columns(connection, _EVENT)}) FROM STDIN") as copy:
         for row in rows:
             copy.write_row(row)
 
 
-def _row(event: Event) -> _Row:
+def _row(event: Event) -> Row:
     return (
         event.time,
         event.operation[:32],
@@ -127,7 +128,7 @@ def _key_ref(key: str) -> str:
         return ""  # an alias, or nothing
 
 
-def _counted(rows: Sequence[_Row], vendor: str) -> Counter[_Row]:
+def _counted(rows: Sequence[Row], vendor: str) -> Counter[Row]:
     # SQLite has one writer at a time, so there is nobody to get out of the way of.
     slot = 0 if vendor == "sqlite" else _slot
     return Counter(
