@@ -215,6 +215,48 @@ class RotationShard(models.Model):
         return f"{self.column} {self.sweep}.{self.number}"
 
 
+class AuditHour(models.Model):
+    """
+    How many events there were of one hour, key, operation, purpose, outcome and latency.
+
+    Concurrent writers add to rows of different slots, so that none waits for another; what
+    is read is the sum over the slots.
+    """
+
+    hour = models.DateTimeField(_("hour"), help_text=_("Its beginning."))
+    key_ref = models.CharField(_("key ref"), max_length=30, blank=True)
+    operation = models.CharField(_("operation"), max_length=32)
+    purpose = models.CharField(_("purpose"), max_length=16)
+    outcome = models.CharField(_("outcome"), max_length=16)
+    bucket = models.SmallIntegerField(
+        _("bucket"), help_text=_("Of latencies, four to the doubling; -1 for no call.")
+    )
+    slot = models.SmallIntegerField(_("slot"))
+    count = models.BigIntegerField(_("count"))
+
+    class Meta:
+        verbose_name = _("hour of events")
+        verbose_name_plural = _("hours of events")
+        ordering = ["hour", "pk"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=[
+                    "hour",
+                    "key_ref",
+                    "operation",
+                    "purpose",
+                    "outcome",
+                    "bucket",
+                    "slot",
+                ],
+                name="kms_hour_once_a_slot",
+            )
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.hour:%Y-%m-%d %H:%M} {self.operation} {self.outcome}"
+
+
 class AppendOnly(models.QuerySet["AuditEvent"]):
     """Refuses what would change or remove what is recorded."""
 
@@ -285,45 +327,3 @@ class AuditEvent(models.Model):
 
     def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("The audit is append-only: events are never deleted.")
-
-
-class AuditHour(models.Model):
-    """
-    How many events there were of one hour, key, operation, purpose, outcome and latency.
-
-    Concurrent writers add to rows of different slots, so that none waits for another; what
-    is read is the sum over the slots.
-    """
-
-    hour = models.DateTimeField(_("hour"), help_text=_("Its beginning."))
-    key_ref = models.CharField(_("key ref"), max_length=30, blank=True)
-    operation = models.CharField(_("operation"), max_length=32)
-    purpose = models.CharField(_("purpose"), max_length=16)
-    outcome = models.CharField(_("outcome"), max_length=16)
-    bucket = models.SmallIntegerField(
-        _("bucket"), help_text=_("Of latencies, four to the doubling; -1 for no call.")
-    )
-    slot = models.SmallIntegerField(_("slot"))
-    count = models.BigIntegerField(_("count"))
-
-    class Meta:
-        verbose_name = _("hour of events")
-        verbose_name_plural = _("hours of events")
-        ordering = ["hour", "pk"]
-        constraints = [
-            models.UniqueConstraint(
-                fields=[
-                    "hour",
-                    "key_ref",
-                    "operation",
-                    "purpose",
-                    "outcome",
-                    "bucket",
-                    "slot",
-                ],
-                name="kms_hour_once_a_slot",
-            )
-        ]
-
-    def __str__(self) -> str:
-        return f"{self.hour:%Y-%m-%d %H:%M} {self.operation} {self.outcome}"

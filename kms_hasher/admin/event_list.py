@@ -1,46 +1,133 @@
-"""The list of events: links to dates that take no scan to find."""
+"""
+The list of events, however many there are: no page counts them or skips others to begin.
+
+A page begins where the one before it ended, at a time and a primary key in its address, and
+is read from there along an index. The dates to choose from take no scan to find.
+"""
 
 from __future__ import annotations
 
 import datetime
-from typing import Any
+import re
+from typing import Any, NamedTuple, cast
 
+from django.conf import settings
 from django.contrib.admin.views.main import ChangeList
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest
 from django.utils import formats, timezone
 from django.utils.translation import gettext
 
-from kms_hasher.admin import events
 from kms_hasher.admin.base import number
+from kms_hasher.audit import rollups
 from kms_hasher.models import AuditEvent
+
+#: Parameters of an address: the page of the events before or after one.
+BEFORE, AFTER = "before", "after"
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+
+
+class Position(NamedTuple):
+    """Where an event stands among all: `str` and `parse` are inverse."""
+
+    time: datetime.datetime
+    pk: int
+
+    @classmethod
+    def parse(cls, text: str) -> Position | None:
+        """Return the position, or None if the text is none."""
+        if not (match := re.fullmatch(r"(\d{1,17})-(\d{1,18})", text)):
+            return None
+        time = _EPOCH + datetime.timedelta(microseconds=int(match[1]))
+        return cls(time if _uses_zones() else timezone.make_naive(time), int(match[2]))
+
+    def __str__(self) -> str:
+        time = self.time if timezone.is_aware(self.time) else timezone.make_aware(self.time)
+        return f"{(time - _EPOCH) // datetime.timedelta(microseconds=1)}-{self.pk}"
+
+    def beyond(self, lookup: str) -> Q:
+        """Return what selects the events before it (`lookup` "lt") or after ("gt")."""
+        # The first of these is what an index on the time is for.
+        near = Q(**{f"time__{lookup}e": self.time})
+        return near & (Q(**{f"time__{lookup}": self.time}) | Q(**{f"pk__{lookup}": self.pk}))
 
 
 class EventList(ChangeList):
-    """The list of events, with links to dates that take no scan to find."""
+    """A page of the list: Django's, but for how it is cut out of the whole."""
+
+    before: Position | None = None
+    after: Position | None = None
+
+    def get_queryset(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        # No link shall take a position along to where it means nothing.
+        texts = [self.params.pop(name, "") for name in (BEFORE, AFTER)]
+        for name in (BEFORE, AFTER):
+            self.filter_params.pop(name, None)
+        self.before, self.after = (Position.parse(text) for text in texts)
+        return super().get_queryset(request, *args, **kwargs)
 
     def get_results(self, request: HttpRequest) -> None:
-        super().get_results(request)
+        queryset = cast("QuerySet[AuditEvent]", self.queryset)
+        size = self.list_per_page
+        if self.after:
+            newer = queryset.filter(self.after.beyond("gt")).order_by("time", "pk")
+            found = list(newer[: size + 1])
+            shown, has_newer, has_older = found[:size][::-1], len(found) > size, True
+        else:
+            older = queryset.filter(self.before.beyond("lt")) if self.before else queryset
+            found = list(older.order_by("-time", "-pk")[: size + 1])
+            shown, has_newer, has_older = found[:size], bool(self.before), len(found) > size
+        self.newest = self._page() if has_newer else ""
+        self.newer = self._page(AFTER, shown[0]) if has_newer and shown else ""
+        self.older = self._page(BEFORE, shown[-1]) if has_older and shown else ""
+        self.result_list = shown
+        # Not known, and equal, so that Django does not tell how many were found.
+        self.result_count = self.full_result_count = len(shown)
+        self.show_full_result_count = self.can_show_all = self.multi_page = False
+        self.show_admin_actions = False
+        self.paginator = self.model_admin.get_paginator(request, queryset, size)
         ends = AuditEvent.objects.order_by("time", "pk").values_list("time", "pk")
         self.first, self.last = ends.first(), ends.last()
 
+    def _page(self, name: str = "", event: AuditEvent | None = None) -> str:
+        position = {name: str(Position(event.time, event.pk))} if event else {}
+        return str(self.get_query_string(position))
+
     @property
     def note(self) -> str:
-        """What to say where there are more events than the pages show."""
-        if self.result_count < events.MAX_LISTED or not (self.first and self.last):
+        """About how many events there are, where that can be told at once."""
+        if self.query or not (self.first and self.last):
             return ""
-        # Rows are only added at the end, and removed at the beginning.
-        return gettext(
-            "These are the newest %(listed)s of the events asked for; all in all there are "
-            "about %(all)s. Choose a date or a filter to see others."
-        ) % {
-            "listed": number(events.MAX_LISTED),
-            "all": number(self.last[1] - self.first[1] + 1),
-        }
+        names = {name: self.params[name] for name in rollups.GROUPS if name in self.params}
+        if period := self._period():
+            count = rollups.totals(*period, latency=False, **names).count
+            text = gettext("About %(number)s events in this period.")
+        elif not names:
+            # Rows are only added at the end, and removed at the beginning.
+            count = self.last[1] - self.first[1] + 1
+            text = gettext("About %(number)s events in all.")
+        else:
+            return ""
+        return text % {"number": number(count)}
+
+    def _period(self) -> tuple[datetime.datetime, datetime.datetime] | None:
+        """Return the ends of the day or month that is chosen."""
+        parts = [int(self.params[name]) for name in _PARAMETERS if name in self.params]
+        if len(parts) < 2:
+            return None
+        since = datetime.datetime(parts[0], parts[1], parts[2] if len(parts) > 2 else 1)
+        until = since + datetime.timedelta(days=1 if len(parts) > 2 else 32)
+        if len(parts) == 2:
+            until = until.replace(day=1)
+        if _uses_zones():
+            return timezone.make_aware(since), timezone.make_aware(until)
+        return since, until
 
     @property
     def dates(self) -> dict[str, Any]:
         """What Django's date_hierarchy.html needs: the days of a month, or the months."""
-        year, month, day = (self.params.get(f"time__{part}") for part in _PARTS)
+        year, month, day = (self.params.get(name) for name in _PARAMETERS)
         days = self._days()
         if year and month and day:
             date = datetime.date(int(year), int(month), int(day))
@@ -78,7 +165,11 @@ class EventList(ChangeList):
         return str(self.get_query_string(filters, ["time__"]))
 
 
-_PARTS = ("year", "month", "day")
+_PARAMETERS = ("time__year", "time__month", "time__day")
+
+
+def _uses_zones() -> bool:
+    return bool(settings.USE_TZ)
 
 
 def _day(date: datetime.date) -> str:

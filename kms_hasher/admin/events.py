@@ -8,16 +8,14 @@ is answered from the end of an index.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from django.contrib import admin, messages
-from django.core.paginator import Paginator
 from django.db.models import QuerySet
 from django.http import HttpRequest
 from django.urls import reverse
 from django.utils import formats
-from django.utils.functional import cached_property
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext
@@ -32,12 +30,6 @@ if TYPE_CHECKING:
     from django.contrib.admin.views.main import ChangeList
 
     Events = QuerySet[AuditEvent]
-    BasePaginator = Paginator[AuditEvent]
-else:
-    BasePaginator = Paginator
-
-#: How many events can be paged through. To see older ones, a day is chosen.
-MAX_LISTED = 10_000
 
 #: How many events are searched for a request id, the newest first, if no day is chosen.
 MAX_SEARCHED = 100_000
@@ -94,15 +86,6 @@ class KeyFilter(_Choice):
         return [(key.ref, str(key)) for key in Key.objects.all()[:ON_PAGE]]
 
 
-class BoundedPaginator(BasePaginator):
-    """Pages through the first `MAX_LISTED` rows and never counts the others."""
-
-    @cached_property
-    def count(self) -> int:
-        rows = cast("Events", self.object_list)
-        return int(rows.order_by()[:MAX_LISTED].count())
-
-
 @admin.register(AuditEvent)
 class AuditEventAdmin(ReadOnlyAdmin):
     list_display = (
@@ -117,7 +100,6 @@ class AuditEventAdmin(ReadOnlyAdmin):
     )
     list_filter = (OutcomeFilter, OperationFilter, PurposeFilter, KeyFilter)
     list_max_show_all = 0
-    paginator = BoundedPaginator
     show_facets = admin.ShowFacets.NEVER  # a count over all events for every choice
     show_full_result_count = False
     sortable_by = ()

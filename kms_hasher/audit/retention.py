@@ -17,7 +17,7 @@ from django.utils import timezone
 
 from kms_hasher.audit import store
 from kms_hasher.audit.rollups import bucket_of, hour_of
-from kms_hasher.models import AuditEvent, AuditHour
+from kms_hasher.models import AppendOnly, AuditEvent, AuditHour
 
 #: How many events are deleted by one statement.
 BATCH = 5_000
@@ -57,8 +57,8 @@ def prune(cutoff: datetime.datetime, batch: int = BATCH) -> Iterator[int]:
             return
 
 
-def _older(cutoff: datetime.datetime) -> QuerySet[AuditEvent]:
-    return AuditEvent.objects.using(router.db_for_write(AuditEvent)).filter(time__lt=cutoff)
+def _older(cutoff: datetime.datetime) -> AppendOnly:
+    return AppendOnly(AuditEvent, using=router.db_for_write(AuditEvent)).filter(time__lt=cutoff)
 
 
 def merge(now: datetime.datetime | None = None) -> int:

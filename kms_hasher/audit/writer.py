@@ -35,7 +35,7 @@ MAX_BATCH = 1_000
 
 #: Events that nobody waits for are committed once there are so many, or the first of them
 #: has been held for so many seconds. While the database is out they are tried as often.
-FLUSH_SIZE, FLUSH_AGE = 500, 1.0
+FLUSH_SIZE, FLUSH_AGE = 1_000, 1.0
 
 #: How many of them may be held. Beyond that, callers wait.
 MAX_HELD = 10_000
