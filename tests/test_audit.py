@@ -214,6 +214,28 @@ def test_each_call_leaves_exactly_one_event(
 
 
 @pytest.mark.django_db
+@pytest.mark.parametrize("cut", [asyncio.CancelledError, KeyboardInterrupt, SystemExit])
+def test_a_call_that_is_cut_short_leaves_its_event(
+    cut: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stub:
+        def decrypt(self, *args: Any) -> None:
+            raise cut
+
+        async def adecrypt(self, *args: Any) -> None:
+            raise cut
+
+    monkeypatch.setattr(calls, "provider", Stub)
+    with pytest.raises(cut):
+        keyring.kms("login", "ab" * 16).decrypt(ARN, b"blob", {})
+    awaiting = calls.akms("login").decrypt(ARN, b"blob", {})
+    with pytest.raises(cut):
+        awaiting.send(None)
+    rows = AuditEvent.objects.values_list("outcome", "error_code", "key_ref")
+    assert list(rows) == [(signals.ERROR, cut.__name__, encoding.key_ref(ARN))] * 2
+
+
+@pytest.mark.django_db
 def test_no_secret_is_recorded(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         encoded = make_password("correct horse", salt="saltsaltsaltsalt")
@@ -709,7 +731,7 @@ def run(code: str, url: str, **environment: str) -> str:
         from django.conf import settings
         from django.core.management import call_command
         from django.db import connection, connections, transaction
-        settings.KMS_HASHER["AUDIT"] = "durable"
+        settings.KMS_HASHER["AUDIT"] = os.environ.get("AUDIT", "durable")
         from kms_hasher import signals
         from kms_hasher.models import AuditEvent
         from tests.test_audit import event
@@ -740,11 +762,17 @@ def run(code: str, url: str, **environment: str) -> str:
     return completed.stdout
 
 
-@pytest.fixture(params=["file", "server"])
+@pytest.fixture(params=["file", "server", "buffered"])
 def site(
-    request: pytest.FixtureRequest, transactional_db: None, tmp_path: Path
+    request: pytest.FixtureRequest,
+    transactional_db: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[str]:
-    """The URL of a database with all tables: an SQLite file, and the suite's own server."""
+    """
+    The URL of a database with all tables: an SQLite file, and the suite's own server, with
+    AUDIT "durable", and "buffered" on the server.
+    """
     if request.param == "file":
         path = tmp_path / "site.sqlite3"
         shutil.copy(request.getfixturevalue("empty_site"), path)
@@ -752,6 +780,8 @@ def site(
         return
     if connection.vendor == "sqlite":
         pytest.skip("the suite runs on SQLite")
+    if request.param == "buffered":
+        monkeypatch.setenv("AUDIT", "buffered")
     values = connection.settings_dict
     scheme = "postgres" if connection.vendor == "postgresql" else "mysql"
     password = f":{values['PASSWORD']}" if values["PASSWORD"] else ""
@@ -841,6 +871,67 @@ def test_threads_and_loops_leave_no_connection_behind(site: str) -> None:
     assert recorded(site) == sorted(
         [f"{n}-{at}" for n in range(4) for at in range(5)] + ["loop"]
     )
+
+
+def test_a_child_of_multiprocessing_writes_its_events_before_it_ends(site: str) -> None:
+    # Which ends without atexit.
+    run(
+        """
+        import multiprocessing
+        def work(number):
+            with contextlib.suppress(RuntimeError), transaction.atomic():
+                emit(f"child-{number}")
+                raise RuntimeError
+        fork = multiprocessing.get_context("fork")
+        emit("parent")
+        connection.close()
+        children = [fork.Process(target=work, args=[number]) for number in range(2)]
+        for child in children: child.start()
+        for child in children: child.join()
+        """,
+        site,
+    )
+    assert recorded(site) == ["child-0", "child-1", "parent"]
+
+
+@pytest.mark.slow
+def test_many_writers_lose_nothing_and_write_nothing_twice(site: str) -> None:
+    run(
+        """
+        import random
+        def work(writer):
+            chance = random.Random(writer)
+            for at in range(8):
+                end = chance.choice(["committed", "rolled back", "raised", "none"])
+                if end == "none":
+                    emit(f"{writer}-{at}")
+                    continue
+                with contextlib.suppress(RuntimeError), transaction.atomic():
+                    emit(f"{writer}-{at}")
+                    transaction.set_rollback(end == "rolled back")
+                    if end == "raised":
+                        raise RuntimeError
+            connection.close()
+        def process(number):
+            threads = [
+                threading.Thread(target=work, args=[number * 8 + at]) for at in range(8)
+            ]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            sys.exit()
+        children = []
+        for number in range(4):
+            children.append(os.fork())
+            if not children[-1]:
+                process(number)
+        assert all(os.waitpid(child, 0)[1] == 0 for child in children)
+        """,
+        site,
+    )
+    counted = "from django.db.models import Sum\nfrom kms_hasher.models import AuditHour\n"
+    counted += "print(AuditHour.objects.aggregate(n=Sum('count'))['n'])\nconnection.close()"
+    assert recorded(site) == sorted(f"{writer}-{at}" for writer in range(32) for at in range(8))
+    assert run(counted, site).split() == ["256"]
 
 
 def test_sqlite_does_not_deadlock_with_the_requests_own_transaction(

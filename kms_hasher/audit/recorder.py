@@ -8,13 +8,18 @@ durable  On PostgreSQL, MySQL and the like by one background thread per process,
          waits until the row is committed. On SQLite, where a second connection would fight
          with the request's own for the one write lock, on the current connection if it is
          between transactions, and otherwise as soon as one ends.
+buffered By the same thread, but the caller does not wait: events are held in memory and
+         committed together, after a second at the latest. Where too many are held, as when
+         the database is out, the caller waits as in durable. On SQLite it is durable: a
+         thread that writes when it likes makes requests fail with "database is locked".
 inline   On the current connection, within its transaction: for tests. What other threads
          and event loops report waits until a thread with a connection has an event.
 off      Nowhere: log lines only, and no key history.
 
 An event that cannot be written is logged as an error with all it holds, and the call goes
-on, unless `AUDIT_STRICT` is set. An event that waits for the end of a transaction counts as
-written: only the death of the process loses it.
+on, unless `AUDIT_STRICT` is set. An event that waits for the end of a transaction, or is
+held, counts as written: only the death of the process loses it. A strict site's events are
+not held while writing fails: from then on each call waits, and fails.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import functools
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -73,6 +79,8 @@ def receive(events: Sequence[Event], **kwargs: Any) -> None:
             writer.write_here(AuditEvent, store.write, events)
         else:
             _defer(events)
+        if place in (writer.HELD, writer.LATER):
+            _close_at_the_end_of_children()
     except Exception as error:  # noqa: BLE001  # a broken audit stops no login
         problem = _complain(events, error)
         if settings.audit_strict:
@@ -109,6 +117,18 @@ def _flush_if_any(**kwargs: Any) -> None:
     if _pending:
         with contextlib.suppress(Exception):  # what is not written goes on waiting
             flush()
+
+
+#: Modules that end the processes they have forked without `atexit`.
+_FORKING = ("multiprocessing.util", "billiard.util")
+_finalized: set[str] = set()
+
+
+def _close_at_the_end_of_children() -> None:
+    for name in _FORKING:
+        if name in sys.modules and name not in _finalized:
+            _finalized.add(name)
+            sys.modules[name].Finalize(None, close, exitpriority=0)
 
 
 # --- what is written ----------------------------------------------------------------
@@ -247,6 +267,7 @@ def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.Lock()
     _pending.clear()  # the parent's to write
+    _finalized.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -160,6 +160,7 @@ class Writer:
                     if job := self._jobs.get_nowait():
                         self._late.append(job)
             self._fail([job for job in self._late if job.held], error)
+            self._jobs.put(None)  # taken out with the others
 
     def _run(self) -> None:
         going = True
