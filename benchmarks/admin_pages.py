@@ -2,21 +2,23 @@
 How long the admin's pages take at a million events and a hundred big runs, and how many
 queries.
 
-    DATABASE_URL=postgres://... python -m benchmarks.admin_pages [events]
+    DATABASE_URL=postgres://... python -m benchmarks.admin_pages [--events 1000000]
 
 Makes a test database of its own (SQLite in a temporary file without DATABASE_URL), fills it
 by SQL and removes it. Prints for each page the best of three requests in milliseconds, the
-part of it that the queries took, and the number of queries.
+part of it that the queries took, and the number of queries. The roll-ups are in all slots,
+as where `prune_kms_audit` has never merged them.
 """
 
 # ruff: noqa: E402
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 import tempfile
 import time
+from datetime import timedelta
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "tests.settings")
 
@@ -32,7 +34,9 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from kms_hasher import encoding, history
-from kms_hasher.models import AuditEvent, RotationRun, RotationShard
+from kms_hasher.admin import event_list
+from kms_hasher.audit import retention, rollups, store
+from kms_hasher.models import AuditEvent, AuditHour, RotationRun, RotationShard
 
 DAYS = 30
 RUNS, SHARDS = 100, 2000
@@ -82,6 +86,26 @@ def fill(n: int) -> list[str]:
     return refs
 
 
+def roll_up(n: int) -> None:
+    """Count the events by hour, in one slot, and then again in each of the others."""
+    started = time.perf_counter()
+    for _ in retention.rebuild(timezone.now() + timedelta(hours=2)):
+        pass
+    taken = time.perf_counter() - started
+    hours = AuditHour.objects.count()
+    names = "hour, key_ref, operation, purpose, outcome, bucket, count"
+    with connection.cursor() as cursor:
+        table = AuditHour._meta.db_table
+        for slot in range(1, store.SLOTS):
+            cursor.execute(
+                f"insert into {table} ({names}, slot) select {names}, {slot} from {table} "
+                "where slot = 0"
+            )
+        mysql = connection.vendor == "mysql"
+        cursor.execute(f"analyze table {table}" if mysql else "analyze")
+    print(f"{n / taken:,.0f} events rolled up a second, into {hours:,} rows of each slot")
+
+
 def make_runs() -> RotationRun:
     """Make a hundred runs of 100,000,000 rows, each in its second sweep; return the last."""
     now = timezone.now()
@@ -119,7 +143,10 @@ def make_runs() -> RotationRun:
 
 
 def main(n: int) -> None:
+    started = time.perf_counter()
     refs = fill(n)
+    print(f"filled in {time.perf_counter() - started:.0f} s", flush=True)
+    roll_up(n)
     run, runs = make_runs(), "/admin/kms_hasher/rotationrun/"
     user = get_user_model().objects.create(
         username="admin", is_staff=True, is_superuser=True, password="!"
@@ -128,12 +155,15 @@ def main(n: int) -> None:
     client.force_login(user)
     events, now = "/admin/kms_hasher/auditevent/", timezone.localtime()
     some = AuditEvent.objects.order_by("pk").last()
+    middle = AuditEvent.objects.get(pk=some.pk - n // 2)
+    position = event_list.Position(middle.time, middle.pk)
     day = f"time__year={now.year}&time__month={now.month}&time__day={now.day}"
     unknown = "00000000-0000-4000-8000-000000000000"
     busiest = history.Key.objects.get(ref=refs[2]).pk
     pages = {
         "events": events,
-        "events, last page": f"{events}?p=100",
+        "events, in the middle": f"{events}?before={position}",
+        "events, failed, in the middle": f"{events}?outcome=unavailable&before={position}",
         "events, outcome success": f"{events}?outcome=success",
         "events, outcome denied (1)": f"{events}?outcome=denied",
         "events, operation Decrypt": f"{events}?operation=Decrypt",
@@ -152,6 +182,9 @@ def main(n: int) -> None:
         "events, search unknown request id": f"{events}?q={unknown}",
         "events, unknown request id, day": f"{events}?{day}&q={unknown}",
         "event": f"{events}{some.pk}/change/",
+        "events of a key, month": (
+            f"{events}?key_ref={refs[2]}&time__year={now.year}&time__month={now.month}"
+        ),
         "keys": "/admin/kms_hasher/key/",
         "key": f"/admin/kms_hasher/key/{busiest}/change/",
         "runs": runs,
@@ -159,6 +192,24 @@ def main(n: int) -> None:
         "run, figures for its script": f"{runs}{run.pk}/progress/",
     }
     print(f"{n:,} events on {connection.vendor}")
+    since = timezone.now() - timedelta(days=DAYS)
+    figures = {
+        "roll-ups, totals of all": lambda: rollups.totals(since),
+        "roll-ups, by day and outcome": lambda: rollups.series_by(
+            "outcome", since, step=rollups.DAY, latency=False
+        ),
+        "roll-ups, by hour, two days, latencies": lambda: rollups.series(
+            timezone.now() - timedelta(days=2)
+        ),
+        "roll-ups, by key": lambda: rollups.grouped("key_ref", since),
+    }
+    for name, call in figures.items():
+        with CaptureQueriesContext(connection) as captured:
+            start = time.perf_counter()
+            call()
+            taken = (time.perf_counter() - start) * 1000
+        spent = float(captured.captured_queries[0]["time"]) * 1000
+        print(f"{name:42} {taken:7.0f} ms  queries {spent:6.0f} ms    1")
     for name, url in pages.items():
         best, queries = 1e9, []
         for _ in range(3):
@@ -180,6 +231,9 @@ def main(n: int) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser("python -m benchmarks.admin_pages")
+    parser.add_argument("--events", type=int, default=1_000_000)
+    options = parser.parse_args()
     runner = DiscoverRunner(verbosity=0, interactive=False)
     with tempfile.TemporaryDirectory() as directory:
         if connection.vendor == "sqlite":  # its test databases are in memory otherwise
@@ -187,6 +241,6 @@ if __name__ == "__main__":
         databases = runner.setup_databases()
         try:
             with override_settings(ALLOWED_HOSTS=["testserver"]):
-                main(int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000)
+                main(options.events)
         finally:
             runner.teardown_databases(databases)
