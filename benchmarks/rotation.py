@@ -4,9 +4,10 @@ How fast stored passwords are re-wrapped, beside the loop that everybody writes 
     DATABASE_URL=postgres://… python -m benchmarks.rotation [--rows 20000] [--delay 10]
 
 "naive" is `for user in users: boto3.re_encrypt(…); user.save()`, on a few rows. "calls alone"
-makes the same calls as "ours" on the same event loop, with no database at all. KMS is the
-stub of benchmarks.stub; what it costs is taken from the same processors. "peak" is by how
-much the resident memory of the process grew while it ran.
+makes the same calls as "ours" on the same event loop, with no database at all. "of bound" is
+the share of calls in flight / latency. KMS is the stub of benchmarks.stub; what it costs is
+taken from the same processors. "peak" is by how much the resident memory of the process grew
+while it ran.
 """
 
 from __future__ import annotations
@@ -149,12 +150,15 @@ def measured(call: Callable[[], Any]) -> tuple[float, float, float]:
     return wall, cpu, max(peak - before, 0)
 
 
-def show(name: str, rows: int, call: Callable[[], Any], beside: float) -> float:
+def show(
+    name: str, rows: int, call: Callable[[], Any], beside: float, bound: float = 0
+) -> float:
     wall, cpu, peak = measured(call)
     rate = rows / wall
     ratio = f"{rate / beside:10.1f}" if beside else f"{'':10}"
+    share = f"{rate / bound:9.0%}" if bound else f"{'':9}"
     print(
-        f"{name:42}{rows:9,}{rate:10,.0f}{ratio}{cpu / rows * 1e6:12,.0f}{peak:9.1f}",
+        f"{name:42}{rows:9,}{rate:10,.0f}{ratio}{share}{cpu / rows * 1e6:12,.0f}{peak:9.1f}",
         flush=True,
     )
     return rate
@@ -178,26 +182,29 @@ def main() -> None:
     databases = runner.setup_databases()
     try:
         with stub.running(options.delay):
-            head = ("rows/s", "x naive", "CPU us/row", "peak MiB")
-            print(f"{'':42}{'rows':>9}{head[0]:>10}{head[1]:>10}{head[2]:>12}{head[3]:>9}")
+            print(
+                f"{'':42}{'rows':>9}{'rows/s':>10}{'x naive':>10}{'of bound':>9}"
+                f"{'CPU us/row':>12}{'peak MiB':>9}"
+            )
             fill(NAIVE)
             beside = show("naive", NAIVE, naive, 0)
             for concurrency in map(int, options.concurrency.split(",")):
+                bound = concurrency / options.delay * 1000
                 text = f"calls alone, {concurrency} in flight"
-                show(text, options.rows, partial(alone, options.rows, concurrency), beside)
+                call = partial(alone, options.rows, concurrency)
+                show(text, options.rows, call, beside, bound)
                 for audit in ("off", "durable"):
                     values = {**settings.KMS_HASHER, "AUDIT": audit}
                     fill(options.rows)
                     with override_settings(KMS_HASHER=values):
                         text = f"ours, {concurrency} in flight, AUDIT {audit}"
-                        show(
-                            text, options.rows, partial(ours, options.rows, concurrency), beside
-                        )
+                        call = partial(ours, options.rows, concurrency)
+                        show(text, options.rows, call, beside, bound)
                 if options.processes > 1:
                     fill(options.rows)
                     text = f"ours, {options.processes} processes, {concurrency} each, AUDIT off"
                     call = partial(ours, options.rows, concurrency, options.processes)
-                    show(text, options.rows, call, beside)
+                    show(text, options.rows, call, beside, bound * options.processes)
     finally:
         recorder.close()
         runner.teardown_databases(databases)

@@ -71,7 +71,7 @@ def seal(salt: bytes, digest: bytes) -> str:
 
 def new_password() -> tuple[str, bytes]:
     """Return a sealed hash and the digest in it; what Argon2 would take is no matter here."""
-    digest = os.urandom(keyring.DIGEST_SIZE)
+    digest = os.urandom(32)
     return seal(os.urandom(11).hex().encode(), digest), digest
 
 

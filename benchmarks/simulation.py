@@ -1,7 +1,7 @@
 """
 What a re-wrap of a hundred million passwords would take, by the formula and by a simulation.
 
-    python -m benchmarks.simulation [--users 100000000] [--share 50] [--per-process 1100]
+    python -m benchmarks.simulation [--users 100000000] [--share 50] [--per-process 2000]
 
 The tables come of `kms_hasher.rotation.estimate`. No KMS and no database is asked; only the
 default of --per-process is measured, by benchmarks.rotation. They are in Markdown, as they

@@ -24,7 +24,13 @@ from django.http import HttpRequest
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import background, conf, users
-from kms_hasher.exceptions import KeyNotFound, KeyUnusable, KMSAccessDenied, KMSHasherError
+from kms_hasher.exceptions import (
+    DataKeyMissing,
+    KeyNotFound,
+    KeyUnusable,
+    KMSAccessDenied,
+    KMSHasherError,
+)
 
 
 class KMSModelBackend(ModelBackend):
@@ -60,6 +66,8 @@ class KMSModelBackend(ModelBackend):
             matches = check_password(
                 password, user.password, functools.partial(users.upgrade, user)
             )
+            if matches and users.may_move(user):
+                users.move(user, password)
         else:
             matches = user.check_password(password)
         return user if matches and self.user_can_authenticate(user) else None
@@ -95,12 +103,18 @@ class KMSModelBackend(ModelBackend):
         def do_upgrade() -> None:
             users.upgrade(user, password)
 
+        @sensitive_variables()
+        def do_move() -> None:
+            users.move(user, password)
+
         upgrade: list[str] = []
         if user is not None and type(user).acheck_password not in _KNOWN_CHECKS:
             matches = await user.acheck_password(password)
         else:
             # In any thread, for it asks no database; the upgrade in Django's own.
             matches = await sync_to_async(check, thread_sensitive=False)()
+            if matches and not upgrade and users.may_move(user):
+                await sync_to_async(do_move)()
         if upgrade:
             await sync_to_async(do_upgrade)()
         return user if matches and self.user_can_authenticate(user) else None
@@ -142,7 +156,7 @@ def check_decoy(password: str) -> None:
         return
     try:
         check_password(password, _decoys[key])
-    except (KeyUnusable, KeyNotFound, KMSAccessDenied):
+    except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyMissing):
         # The key has been rotated away since; or it is out of use, which this tells.
         _make_decoy(key)
 

@@ -29,7 +29,7 @@ from kms_hasher.exceptions import (
     KMSThrottled,
     KMSUnavailable,
 )
-from kms_hasher.providers.base import OPERATIONS, Decrypted, Provider, Result
+from kms_hasher.providers.base import OPERATIONS, DataKey, Decrypted, Provider, Result
 
 T = TypeVar("T")
 
@@ -149,11 +149,11 @@ class _Reported:
         self._tell(operation, result.key_arn, started, None, call.requested, result.request_ids)
 
     def _check(self, result: Result, operation: str, requested: str) -> None:
-        if self.size is None or not isinstance(result, Decrypted):
+        if self.size is None or not isinstance(result, Decrypted | DataKey):
             return
         if len(result.plaintext) != self.size:
             raise KMSBadResponse(
-                "the digest has the wrong size",
+                "the plaintext has the wrong size",
                 operation=operation,
                 key=requested,
                 request_ids=result.request_ids,

@@ -10,6 +10,9 @@ System checks: what would make logins fail or leave passwords unsealed, said in 
     E007  a password column in the database is too short (--database)
     E008  stored passwords need a hasher that PASSWORD_HASHERS lacks (--database)
     E009  PASSWORD_HASHERS cannot be loaded
+    E010  what the first hasher makes does not fit the 128 characters that its mode promises
+    E011  PUBLIC_KEY is not an RSA public key
+    I001  the mode cannot be left without passwords
     W001  new passwords are not sealed
     W002  sessions of the custom user model end when passwords are re-wrapped
     W003  Django has changed what this package replaces
@@ -38,7 +41,7 @@ from django.core import checks
 from django.core.exceptions import FieldDoesNotExist, ImproperlyConfigured
 from django.db import connections, models
 
-from kms_hasher import columns, conf, encoding, users
+from kms_hasher import columns, conf, encoding, lengths, users
 from kms_hasher.columns import Column
 from kms_hasher.exceptions import ConfigurationError, KeyNotFound, KMSError, MalformedHash
 
@@ -83,7 +86,43 @@ def check_settings(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]
                 id="kms_hasher.E001",
             )
         ]
-    return [*_provider(settings), *_names(settings), *_region(settings)]
+    return [
+        *_provider(settings),
+        *_names(settings),
+        *_region(settings),
+        *_public_key(settings),
+        *_one_way(settings),
+    ]
+
+
+def _public_key(settings: conf.Conf) -> Iterator[checks.CheckMessage]:
+    if settings.mode != "public_key" or not settings.public_key:
+        return
+    from kms_hasher.modes import public_key
+
+    try:
+        public_key.load(settings.public_key)
+    except ConfigurationError as error:
+        yield checks.Error(
+            str(error),
+            hint="Write it by `aws kms get-public-key`, or take PUBLIC_KEY out: then KMS is "
+            "asked for it.",
+            id="kms_hasher.E011",
+        )
+
+
+def _one_way(settings: conf.Conf) -> Iterator[checks.CheckMessage]:
+    from kms_hasher import modes
+
+    if modes.by_name(settings.mode).core != "mac":
+        return
+    yield checks.Info(
+        f"The mode {settings.mode!r} cannot be left without passwords: what is stored gives no "
+        "digest back.",
+        hint="Each user who signs in or sets a password moves to another mode; nobody else can "
+        "be moved. Silence this once it is what you want.",
+        id="kms_hasher.I001",
+    )
 
 
 def _provider(settings: conf.Conf) -> Iterator[checks.CheckMessage]:
@@ -142,6 +181,16 @@ def _region(settings: conf.Conf) -> Iterator[checks.CheckMessage]:
         )
 
 
+def _needed_width() -> int:
+    """Return the characters that values of the mode need; the most, if it is not known."""
+    from kms_hasher import modes
+
+    try:
+        return modes.width(conf.get().mode)
+    except ConfigurationError:  # E001
+        return encoding.MAX_LENGTH
+
+
 def _may_exist(path: Path) -> bool:
     try:
         return path.expanduser().exists()
@@ -187,8 +236,9 @@ def _short_fields(model: type[models.Model]) -> Iterator[checks.CheckMessage]:
         fields = columns.fields()
     except ConfigurationError:  # E001 or E003
         fields = [model._meta.get_field("password")]  # type: ignore[list-item]
+    needed = _needed_width()
     for field in fields:
-        if field.max_length is None or field.max_length >= encoding.MAX_LENGTH:
+        if field.max_length is None or field.max_length >= needed:
             continue
         if field.model is model and field.name == "password":
             hint = (
@@ -249,7 +299,7 @@ def check_hashers(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]:
             )
         ]
     if names and names[0].startswith(encoding.PREFIX):
-        return []
+        return [*_length()]
     return [
         checks.Warning(
             "New passwords are not sealed: the first of PASSWORD_HASHERS is not a hasher of "
@@ -259,6 +309,26 @@ def check_hashers(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]:
             id="kms_hasher.W001",
         )
     ]
+
+
+def _length() -> Iterator[checks.CheckMessage]:
+    """Compare what the first hasher will make with the width that the mode promises."""
+    from kms_hasher import modes
+
+    try:
+        mode = modes.by_name(conf.get().mode)
+        length = lengths.of(get_hashers()[0], mode)
+    except (ConfigurationError, AttributeError):  # E001, or a hasher of the site's own
+        return
+    if not mode.fits_stock or length <= modes.STOCK_WIDTH:
+        return
+    yield checks.Error(
+        f"Passwords sealed in the mode {conf.get().mode!r} with these costs have {length} "
+        f"characters; the mode promises no more than {modes.STOCK_WIDTH}.",
+        hint='Choose costs that are written shorter, or the mode "mac", which is shorter; or '
+        "take a mode with a wide column.",
+        id="kms_hasher.E010",
+    )
 
 
 def check_backends(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]:
@@ -272,7 +342,8 @@ def check_backends(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]
     return [
         checks.Warning(
             "With Django's ModelBackend a login with an unknown name makes another call to "
-            "KMS than one with a known name, and takes longer.",
+            'KMS than one with a known name, or in the mode "public_key" none, and takes '
+            "another time.",
             hint='Put "kms_hasher.backends.KMSModelBackend" in its place in '
             "AUTHENTICATION_BACKENDS.",
             id="kms_hasher.W007",
@@ -298,6 +369,9 @@ def check_database(
         except FieldDoesNotExist:  # a migration will add it
             continue
         wanted = column.field.max_length
+        if width is None or width >= _needed_width():
+            wide = column.model is get_user_model() and users.is_stock()
+            wanted = width if wide else wanted  # widened in Python whatever the mode
         if width is not None and (wanted is None or width < wanted):
             messages.append(_short_column(column, width))
         messages += _missing_hashers(column, listed)
@@ -320,7 +394,8 @@ def _short_column(column: Column, width: int) -> checks.CheckMessage:
     return checks.Error(
         f"{text}, its field {column.field.max_length or 'any number'}: a sealed password "
         "is refused or, worse, cut off.",
-        hint="The migration that widens it was faked or undone. Alter the column by hand to "
+        hint="The migration that widens it was faked or undone, or applied in a mode that "
+        "needs no more. Run `manage.py widen_password_column`, or alter the column by hand to "
         f"varchar({column.field.max_length or encoding.MAX_LENGTH}).",
         obj=column.model,
         id="kms_hasher.E007",
@@ -330,7 +405,7 @@ def _short_column(column: Column, width: int) -> checks.CheckMessage:
 def _missing_hashers(column: Column, listed: Sequence[str]) -> Iterator[checks.CheckMessage]:
     name = column.field.attname
     rows = column.rows.filter(**{f"{name}__startswith": encoding.PREFIX})
-    for algorithm in listed:
+    for algorithm in (*listed, encoding.DATA_KEY):
         rows = rows.exclude(**{f"{name}__startswith": encoding.prefix_of(algorithm)})
     missing = set()
     for stored in rows.values_list(name, flat=True)[:SAMPLE]:

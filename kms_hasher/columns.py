@@ -19,6 +19,7 @@ from django.db.models.functions import StrIndex, Substr
 
 from kms_hasher import conf, encoding
 from kms_hasher.exceptions import ConfigurationError
+from kms_hasher.models import DataKey
 
 #: Milliseconds that a statement which locks rows waits for one that is locked.
 PATIENCE = 50
@@ -140,12 +141,23 @@ class Group(NamedTuple):
     Stored passwords that are alike.
 
     `algorithm` is the hasher's, "!" for unusable ones and "" for what names none; `mode` and
-    `key_ref` are "" where nothing is sealed.
+    `key_ref` are "" where nothing is sealed, and `key_ref` also where a data key has sealed.
+    `mac_ref` is of the key of a MAC that is sealed.
     """
 
     algorithm: str
     mode: str
     key_ref: str
+    mac_ref: str = ""
+
+    @property
+    def is_sealed(self) -> bool:
+        return self.algorithm.startswith(encoding.PREFIX)
+
+    @property
+    def is_password(self) -> bool:
+        """Whether it is sealed, and no data key."""
+        return self.is_sealed and self.algorithm != encoding.DATA_KEY
 
 
 def fields() -> list[models.Field[Any, Any]]:
@@ -173,6 +185,12 @@ def fields() -> list[models.Field[Any, Any]]:
     return found
 
 
+def data_key_field() -> models.Field[Any, Any]:
+    """Return the field that holds wrapped data keys, which are re-wrapped as passwords are."""
+    field: models.Field[Any, Any] = DataKey._meta.get_field("sealed")
+    return field
+
+
 def databases() -> list[str]:
     """
     Return the databases that the settings name, or all.
@@ -190,28 +208,35 @@ def databases() -> list[str]:
 
 def columns(among: Collection[str] | None = None) -> list[Column]:
     """
-    Return every column that holds passwords, in every database that has its table.
+    Return every column that holds passwords, in every database that has its table; and that
+    of the data keys where there are any.
 
     Databases where a router does not allow the model are left out, and all that are not in
     `DATABASES` where that is set, or not `among` those given. Raises `ConfigurationError`.
     """
     found = []
-    for field in fields():
+    for field in (*fields(), data_key_field()):
         model = field.model
         for database in databases():
             if among is not None and database not in among:
                 continue
             if not router.allow_migrate_model(database, model):
                 continue
-            if model._meta.db_table in connections[database].introspection.table_names():
-                found.append(Column(model, field, database))
+            if model._meta.db_table not in connections[database].introspection.table_names():
+                continue
+            column = Column(model, field, database)
+            if model is not DataKey or column.rows.exists():
+                found.append(column)
     return found
 
 
 def count(column: Column) -> Counter[Group]:
     """Return how many rows there are of each kind, by one pass over the table."""
     name = column.field.attname
+    envelope = {f"{name}__startswith": encoding.PREFIX, f"{name}__contains": "$e1$"}
     head = Case(
+        # As many groups as data keys would be too many.
+        When(**envelope, then=_head(name, 2)),
         When(**{f"{name}__startswith": encoding.PREFIX}, then=_head(name, 3)),
         When(**{f"{name}__startswith": "!"}, then=Value("!$")),
         default=_head(name, 1),
@@ -220,7 +245,8 @@ def count(column: Column) -> Counter[Group]:
     counted: Counter[Group] = Counter()
     for found, number in column.rows.values_list(head).annotate(Count("pk")):
         parts = [*str(found or "").split("$"), "", "", ""]
-        counted[Group(*parts[:3])] += number
+        key_ref, mac_ref = encoding.split_refs(parts[2])
+        counted[Group(parts[0], parts[1], key_ref, mac_ref)] += number
     return counted
 
 

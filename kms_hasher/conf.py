@@ -29,8 +29,17 @@ class Conf:
     key: str = ""
     #: "aws", "local", or the dotted path of a class.
     provider: str = "aws"
-    #: How digests are sealed; "direct" is KMS Encrypt and Decrypt.
+    #: How digests are sealed, see `kms_hasher.modes`.
     mode: str = "direct"
+    #: In "mac_in_direct": the HMAC key, named as `key` is.
+    mac_key: str = ""
+    #: In "public_key": the public half of the key that `key` names, in PEM; "" to ask KMS.
+    public_key: str = ""
+    #: In "envelope": how many passwords a data key seals, and for how many days.
+    data_key_users: int = 1000
+    data_key_days: int = 90
+    #: Seconds for which a process keeps a data key in memory, 0 to ask KMS each time.
+    data_key_cache_seconds: float = 0
     #: Handed to the provider as keyword arguments.
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     #: Key ARNs, in accounts or Regions left behind, that may still open digests.
@@ -61,8 +70,12 @@ class Conf:
     @property
     def alias(self) -> str:
         """The alias that `KEY` names ("alias/..." or its ARN), or "" if it names a key."""
-        name = self.home.resource if self.home else self.key
-        return self.key if name.startswith("alias/") else ""
+        return _alias(self.key)
+
+    @property
+    def mac_alias(self) -> str:
+        """The same of `MAC_KEY`."""
+        return _alias(self.mac_key)
 
     def key_for(self, key_id: str) -> str:
         """
@@ -91,6 +104,11 @@ class Conf:
         return [str(arn._replace(region=region)) for region in others]
 
 
+def _alias(key: str) -> str:
+    name = ARN.parse(key).resource if key.startswith("arn:") else key
+    return key if name.startswith("alias/") else ""
+
+
 #: What the setting was when it was last read, and the `Conf` that came of it.
 _last: tuple[object, Conf] | None = None
 
@@ -112,7 +130,8 @@ def _read(raw: object) -> Conf:
     for name, value in raw.items():
         if name not in _TYPES:
             raise ConfigurationError(f"KMS_HASHER has no setting {name!r}.{_suggestion(name)}")
-        if not isinstance(value, _TYPES[name]):
+        wrong_bool = isinstance(value, bool) and bool not in _TYPES[name]
+        if not isinstance(value, _TYPES[name]) or wrong_bool:
             expected = " or ".join(kind.__name__ for kind in _TYPES[name])
             raise ConfigurationError(f"KMS_HASHER[{name!r}] must be of type {expected}.")
         values[name.lower()] = tuple(value) if isinstance(value, list) else value
@@ -125,6 +144,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "KEY": (str,),
     "PROVIDER": (str,),
     "MODE": (str,),
+    "MAC_KEY": (str,),
+    "PUBLIC_KEY": (str,),
+    "DATA_KEY_USERS": (int,),
+    "DATA_KEY_DAYS": (int,),
+    "DATA_KEY_CACHE_SECONDS": (int, float),
     "OPTIONS": (Mapping,),
     "PREVIOUS_KEYS": (list, tuple),
     "FALLBACK_REGIONS": (list, tuple),
@@ -165,9 +189,33 @@ def _validate(conf: Conf) -> None:
             "KMS_HASHER['FALLBACK_REGIONS'] needs KMS_HASHER['KEY'] as the ARN of a "
             "multi-Region key, or of an alias that each of the Regions has."
         )
+    _validate_mode(conf)
     if conf.audit not in AUDIT_MODES:
         raise ConfigurationError(
             f"KMS_HASHER['AUDIT'] is {conf.audit!r}: use one of {', '.join(AUDIT_MODES)}."
+        )
+
+
+def _validate_mode(conf: Conf) -> None:
+    if conf.mac_key and not conf.mac_key.startswith("alias/"):
+        _check_key("MAC_KEY", conf.mac_key)
+    if conf.mode == "mac_in_direct" and not conf.mac_key:
+        raise ConfigurationError(
+            "KMS_HASHER['MODE'] \"mac_in_direct\" needs KMS_HASHER['MAC_KEY']: the alias, key "
+            "id or ARN of an HMAC_256 key, beside the symmetric key that KEY names."
+        )
+    if conf.mode == "public_key" and conf.public_key and conf.alias:
+        raise ConfigurationError(
+            "KMS_HASHER['KEY'] names an alias, and KMS_HASHER['PUBLIC_KEY'] is set: what the "
+            "alias points to is not known without asking KMS. Let KEY be the id or the ARN of "
+            "the key whose public half that is."
+        )
+    for name in ("data_key_users", "data_key_days"):
+        if getattr(conf, name) < 1:
+            raise ConfigurationError(f"KMS_HASHER[{name.upper()!r}] must be at least 1.")
+    if not 0 <= conf.data_key_cache_seconds < float("inf"):
+        raise ConfigurationError(
+            "KMS_HASHER['DATA_KEY_CACHE_SECONDS'] must be 0 or more seconds."
         )
 
 

@@ -5,9 +5,11 @@ The stored string, and the only code that knows its separators.
 
 algorithm     names the Django hasher; `kms_argon2` for Argon2.
 mode          one letter for how the digest is sealed and the version of that layout.
-key ref       the id of the KMS key that sealed it, see `key_ref`.
-parameters    Argon2's costs; `i,` or `d,` in front for another variety than argon2id
-              and `v=16,` for another version than 19.
+key ref       the id of the KMS key that sealed it, see `key_ref`; after a dot, where a MAC
+              is what was sealed, that of the key which made it. In `envelope`, the number
+              of the data key, see `data_key_ref`.
+parameters    the hasher's costs, see `inner`; for Argon2 with `i,` or `d,` in front for
+              another variety than argon2id and `v=16,` for another version than 19.
 salt          as Django drew it if alphanumeric, else `=` and its base64url.
 sealed digest base64url without padding.
 
@@ -20,26 +22,53 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
-import hashlib
 import re
 import uuid
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kms_hasher.exceptions import MalformedHash
+from kms_hasher.inner import (
+    DATA_KEY,
+    KEPT,
+    MAX_LENGTH,
+    MIN_SALT,
+    PREFIX,
+    Argon2Parameters,
+    Header,
+    b64decode,
+    b64encode,
+    decode_salt,
+    encode_salt,
+    format_stock,
+    is_stock,
+    kind_of,
+    parse_stock,
+)
 
-#: The prefix of every sealed value, whatever hasher and mode made it.
-PREFIX = "kms_"
-
-#: Longer strings are refused unread: the widest column we make holds 1024.
-MAX_LENGTH = 1024
-
-#: Bytes of salt that Argon2 asks for at the least (RFC 9106, section 3.1).
-MIN_SALT = 8
-
-#: Of how many keys the ref, id and parsed ARN are kept, and how many parsed costs: all of a
-#: site's, if nobody forges.
-KEYS = 256
+__all__ = [
+    "ARN",
+    "DATA_KEY",
+    "MAX_LENGTH",
+    "MIN_SALT",
+    "PREFIX",
+    "Argon2Parameters",
+    "Header",
+    "SealedHash",
+    "algorithm_of",
+    "b64decode",
+    "b64encode",
+    "data_key_number",
+    "data_key_ref",
+    "format_stock",
+    "key_id",
+    "key_ref",
+    "parse",
+    "parse_stock",
+    "prefix_of",
+    "split_refs",
+    "stable_part",
+]
 
 # An alias's target may be a multi-Region key, whose id says so: mrk-<32 hex digits>.
 _MULTI_REGION = re.compile(r"mrk-([0-9a-f]{32})\Z")
@@ -48,43 +77,17 @@ _ARN = re.compile(
     r"arn:(?P<partition>aws[a-z-]*):kms:(?P<region>[a-z0-9-]+):(?P<account>[0-9]{12}):"
     r"(?P<resource>(?:key|alias)/[A-Za-z0-9/_-]+)\Z"
 )
-_PARAMETERS = re.compile(
-    r"(?:(?P<variety>[id]),)?(?:v=(?P<version>16),)?"
-    r"m=(?P<memory>[1-9][0-9]{0,9}),t=(?P<time>[1-9][0-9]{0,9}),p=(?P<lanes>[1-9][0-9]{0,7})\Z"
-)
-_PLAIN_SALT = re.compile(r"[0-9A-Za-z]+\Z")
 _ALGORITHM = re.compile(r"kms_[a-z0-9_]{1,40}\Z")
 _MODE = re.compile(r"[a-z][1-9]\Z")
 
-
-# --- base64url and base32, strict: one text for each value --------------------------
-
-
-def b64encode(data: bytes) -> str:
-    """Return `data` as base64url without padding (RFC 4648, section 5)."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
-
-
-def b64decode(text: str) -> bytes:
-    """
-    Return the bytes of `text`, the inverse of `b64encode`.
-
-    Raises `MalformedHash` for anything `b64encode` would not have written: padding,
-    other alphabets, non-zero spare bits.
-    """
-    try:
-        data = base64.urlsafe_b64decode(text.encode("ascii") + b"=" * (-len(text) % 4))
-    except ValueError as error:
-        raise MalformedHash("a field is not base64url") from error
-    if b64encode(data) != text:
-        raise MalformedHash("a field is not canonical base64url")
-    return data
+#: Of values in this mode the ref names a data key, and in this one two keys.
+_ENVELOPE, _NESTED = "e1", "n1"
 
 
 # --- key refs -----------------------------------------------------------------------
 
 
-@functools.lru_cache(KEYS)
+@functools.lru_cache(KEPT)
 def key_ref(key_id: str) -> str:
     """
     Return the key ref of a KMS key id or key ARN: `m`, if multi-Region, and 29 lower-case
@@ -105,7 +108,7 @@ def key_ref(key_id: str) -> str:
     return mark + body.rstrip("=").lower()
 
 
-@functools.lru_cache(KEYS)
+@functools.lru_cache(KEPT)
 def key_id(ref: str) -> str:
     """Return the KMS key id a key ref stands for. Raises `MalformedHash`."""
     mark, body = ("m", ref[1:]) if len(ref) == 30 and ref[0] == "m" else ("", ref)
@@ -124,6 +127,48 @@ def key_id(ref: str) -> str:
     return found
 
 
+def split_refs(ref: str) -> tuple[str, str]:
+    """Return the ref of the key that sealed and, where there is one, of the key of the MAC."""
+    outer, _, of_mac = ref.partition(".")
+    return outer, of_mac
+
+
+def data_key_ref(number: int) -> str:
+    """
+    Return how a stored string names a data key: its number in lower-case base32 digits and
+    two more for a checksum, as short as can be. `number` is 1 to 2**30 - 1.
+    """
+    if not 0 < number < 2**30:
+        raise ValueError("the number of a data key is 1 to 2**30 - 1")
+    return _base32(number) + _base32(_data_key_checksum(number)).rjust(2, "a")
+
+
+@functools.lru_cache(KEPT)
+def data_key_number(ref: str) -> int:
+    """Return the number of a data key. Raises `MalformedHash`."""
+    number = 0
+    for digit in ref[:-2][:6]:
+        number = 32 * number + _DIGITS.find(digit)
+    if not 0 < number < 2**30 or data_key_ref(number) != ref:
+        raise MalformedHash("the number of the data key is damaged")
+    return number
+
+
+_DIGITS = "abcdefghijklmnopqrstuvwxyz234567"
+
+
+def _base32(number: int) -> str:
+    digits = ""
+    while number:
+        number, digit = divmod(number, 32)
+        digits = _DIGITS[digit] + digits
+    return digits
+
+
+def _data_key_checksum(number: int) -> int:
+    return binascii.crc_hqx(number.to_bytes(4, "big"), 0) % 1024
+
+
 def _checksum(mark: str, raw: bytes) -> bytes:
     return binascii.crc_hqx(mark.encode("ascii") + raw, 0).to_bytes(2, "big")
 
@@ -137,7 +182,7 @@ class ARN(NamedTuple):
     resource: str
 
     @classmethod
-    @functools.lru_cache(KEYS)
+    @functools.lru_cache(KEPT)
     def parse(cls, text: str) -> ARN:
         """Raises `MalformedHash` if `text` is not the ARN of a KMS key or alias."""
         match = _ARN.match(text)
@@ -153,70 +198,16 @@ class ARN(NamedTuple):
         return f"arn:{self.partition}:kms:{self.region}:{self.account}:key/{id_}"
 
 
-# --- the parts that sealing leaves alone --------------------------------------------
-
-
-class Argon2Parameters(NamedTuple):
-    """Argon2's costs (RFC 9106): `memory_cost` in KiB, `time_cost` in passes."""
-
-    memory_cost: int
-    time_cost: int
-    parallelism: int
-    variety: str = "argon2id"
-    version: int = 19
-
-    @classmethod
-    @functools.lru_cache(KEYS)
-    def parse(cls, text: str) -> Argon2Parameters:
-        match = _PARAMETERS.match(text)
-        if not match or int(match["memory"]) < 8 * int(match["lanes"]):
-            raise MalformedHash("the Argon2 parameters are not readable or not possible")
-        return cls(
-            memory_cost=int(match["memory"]),
-            time_cost=int(match["time"]),
-            parallelism=int(match["lanes"]),
-            variety=f"argon2{match['variety'] or 'id'}",
-            version=int(match["version"] or 19),
-        )
-
-    def __str__(self) -> str:
-        variety = "" if self.variety == "argon2id" else f"{self.variety[6:]},"
-        version = "" if self.version == 19 else f"v={self.version},"
-        return f"{variety}{version}m={self.memory_cost},t={self.time_cost},p={self.parallelism}"
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a digest was made with. It is bound to the seal and never changes under it."""
-
-    algorithm: str
-    parameters: Argon2Parameters
-    salt: bytes = field(repr=False)
-
-    @functools.cached_property
-    def sub(self) -> str:
-        """
-        The header's digest: 32 hexadecimal digits of SHA-256.
-
-        It binds a blob to its row through the encryption context and traces a line of
-        CloudTrail to one stored credential. It is made of public parts only, never of
-        the digest.
-        """
-        return hashlib.sha256(str(self).encode("ascii")).hexdigest()[:32]
-
-    def __str__(self) -> str:
-        return "|".join(
-            (
-                self.algorithm.removeprefix(PREFIX),
-                str(self.parameters),
-                _encode_salt(self.salt),
-            )
-        )
+# --- stored strings -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SealedHash:
-    """One stored password: its header, and the digest as `key_ref` sealed it."""
+    """
+    One stored password: its header, and the digest as `key_ref` sealed it.
+
+    `key_ref` may name two keys, or a data key: see the module.
+    """
 
     header: Header
     mode: str
@@ -225,7 +216,8 @@ class SealedHash:
 
     @property
     def key_id(self) -> str:
-        return key_id(self.key_ref)
+        """The id of the KMS key that sealed. Raises `MalformedHash` if it was a data key."""
+        return key_id(split_refs(self.key_ref)[0])
 
     def __str__(self) -> str:
         return "$".join(
@@ -234,7 +226,7 @@ class SealedHash:
                 self.mode,
                 self.key_ref,
                 str(self.header.parameters),
-                _encode_salt(self.header.salt),
+                encode_salt(self.header.salt),
                 b64encode(self.sealed),
             )
         )
@@ -255,17 +247,35 @@ def parse(encoded: str) -> SealedHash:
     algorithm, mode, ref, parameters, salt, sealed = fields
     if not _ALGORITHM.match(algorithm) or not _MODE.match(mode):
         raise MalformedHash("the algorithm or the mode is not readable")
-    key_id(ref)
-    header = Header(algorithm, Argon2Parameters.parse(parameters), _decode_salt(salt))
+    _check_refs(mode, ref)
+    kind = kind_of(algorithm)
+    header = Header(
+        algorithm, kind.parameters.parse(parameters), decode_salt(salt, kind.min_salt)
+    )
     blob = b64decode(sealed)
     if not blob:
         raise MalformedHash("the sealed digest is empty")
     return SealedHash(header, mode, ref, blob)
 
 
+def _check_refs(mode: str, ref: str) -> None:
+    if mode == _ENVELOPE:
+        data_key_number(ref)
+        return
+    outer, of_mac = split_refs(ref)
+    key_id(outer)
+    if mode == _NESTED or of_mac:
+        key_id(of_mac)
+        if mode != _NESTED or ref != f"{outer}.{of_mac}":
+            raise MalformedHash("the hash names more keys than its mode has")
+
+
 def prefix_of(algorithm: str, mode: str = "", ref: str = "") -> str:
     """Return the start that all values of an algorithm, mode and key have in common."""
-    return "".join(f"{part}$" for part in (algorithm, mode, ref) if part)
+    start = "".join(f"{part}$" for part in (algorithm, mode) if part)
+    if not ref:
+        return start
+    return f"{start}{ref}{'.' if mode == _NESTED and '.' not in ref else '$'}"
 
 
 def algorithm_of(encoded: str) -> str:
@@ -274,80 +284,20 @@ def algorithm_of(encoded: str) -> str:
     return name if separator else ""
 
 
-# --- Django's own hashes ------------------------------------------------------------
-
-
-def parse_stock(encoded: str) -> tuple[Header, bytes]:
-    """
-    Return the header and the digest of a hash made by Django's Argon2PasswordHasher.
-
-    The header is the one that sealing the digest keeps. Raises `MalformedHash` if the
-    string is not such a hash, or is not written as Django writes it, so that
-    `format_stock` gives back the very same string.
-    """
-    fields = encoded.split("$") if len(encoded) <= MAX_LENGTH else []
-    if len(fields) != 6 or fields[0] != "argon2":
-        raise MalformedHash("not a hash of Django's Argon2 hasher")
-    variety = fields[1].removeprefix("argon2").replace("id", "")
-    version = "" if fields[2] == "v=19" else f"{fields[2]},"
-    parameters = Argon2Parameters.parse(
-        (f"{variety}," if variety else "") + version + fields[3]
-    )
-    salt, digest = (b64decode(part.translate(_TO_URLSAFE)) for part in fields[4:])
-    header = Header(f"{PREFIX}argon2", parameters, salt)
-    if len(salt) < MIN_SALT or format_stock(header, digest) != encoded:
-        raise MalformedHash("not written as Django's Argon2 hasher writes it")
-    return header, digest
-
-
-def format_stock(header: Header, digest: bytes) -> str:
-    """Return the hash Django's Argon2PasswordHasher would have stored (PHC text)."""
-    costs = header.parameters
-    return "$".join(
-        (
-            header.algorithm.removeprefix(PREFIX),
-            costs.variety,
-            f"v={costs.version}",
-            f"m={costs.memory_cost},t={costs.time_cost},p={costs.parallelism}",
-            *(b64encode(part).translate(_FROM_URLSAFE) for part in (header.salt, digest)),
-        )
-    )
-
-
-_TO_URLSAFE = str.maketrans("+/-_", "-_..")  # what was "-" or "_" must not decode
-_FROM_URLSAFE = str.maketrans("-_", "+/")
-
-
 def stable_part(encoded: str) -> str:
     """
     Return the part of a stored password that sealing and re-wrapping leave alone.
 
     Inner algorithm, parameters and salt: equal for a stock hash and for the same hash
-    sealed by any key, and never made of the digest. Sessions and password reset links
-    hang on it. A value whose layout is not known, or that is unusable, is its own part.
+    sealed in any mode by any key, and never made of the digest. Sessions and password reset
+    links hang on it. A value whose layout is not known, or that is unusable, is its own part.
     """
     algorithm = algorithm_of(encoded)
     try:
         if algorithm.startswith(PREFIX):
             return str(parse(encoded).header)
-        if algorithm == "argon2":
+        if is_stock(algorithm):
             return str(parse_stock(encoded)[0])
     except MalformedHash:
-        return encoded
-    if algorithm in ("pbkdf2_sha256", "pbkdf2_sha1", "scrypt"):
-        return encoded.rpartition("$")[0]
-    if algorithm in ("bcrypt_sha256", "bcrypt"):
-        return encoded[:-31]  # 22 characters of salt, then 31 of digest
+        pass
     return encoded
-
-
-def _encode_salt(salt: bytes) -> str:
-    text = salt.decode("latin-1")
-    return text if _PLAIN_SALT.match(text) else f"={b64encode(salt)}"
-
-
-def _decode_salt(text: str) -> bytes:
-    salt = b64decode(text[1:]) if text.startswith("=") else text.encode("latin-1", "replace")
-    if len(salt) < MIN_SALT or _encode_salt(salt) != text:
-        raise MalformedHash("the salt is not readable, or shorter than Argon2 allows")
-    return salt

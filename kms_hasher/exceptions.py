@@ -25,6 +25,21 @@ class MalformedHash(KMSHasherError, ValueError):
     """Raised when a string is not a sealed hash that this version can read."""
 
 
+class DataKeyMissing(KMSHasherError):
+    """
+    Raised when a stored hash names a data key that there is no row of.
+
+    The table was restored without its data keys, say: what they sealed cannot be opened.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(
+            f"There is no data key {number}, by which a stored password is sealed: restore "
+            "the table of data keys."
+        )
+
+
 class AuditError(KMSHasherError):
     """Raised when an event cannot be recorded and `AUDIT_STRICT` is set."""
 

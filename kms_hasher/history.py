@@ -109,7 +109,8 @@ def record_counts() -> Counter[columns.Group]:
         counted += columns.count(column)
     rows: Counter[str] = Counter()
     for group, number in counted.items():
-        rows[group.key_ref] += number
+        for ref in {group.key_ref, group.mac_ref}:
+            rows[ref] += number
     keys = list(Key.objects.all())
     for key in keys:
         key.rows, key.rows_counted_at = rows[key.ref], timezone.now()

@@ -8,91 +8,121 @@ database. Each call to KMS emits one `kms_event`.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import background, breaker, conf, encoding, modes, signals
+from kms_hasher import background, breaker, conf, modes, signals
 from kms_hasher.calls import akms, kms, provider, region_of
 from kms_hasher.encoding import Header, SealedHash
-from kms_hasher.exceptions import (
-    AuditError,
-    KMSBadResponse,
-    KMSUnavailable,
-    MalformedHash,
-)
-from kms_hasher.providers.base import Provider, ReEncrypted
+from kms_hasher.exceptions import AuditError, MalformedHash
+from kms_hasher.modes.base import Access
+from kms_hasher.modes.mac import Mac
+from kms_hasher.providers.base import Context, ReEncrypted
 
-__all__ = ["akms", "arewrap", "kms", "open", "open_beside", "provider", "rewrap", "seal"]
+__all__ = [
+    "access",
+    "akms",
+    "arewrap",
+    "context_of",
+    "converter",
+    "kms",
+    "open",
+    "open_beside",
+    "opener",
+    "provider",
+    "rewrap",
+    "seal",
+    "sealer",
+]
 
 T = TypeVar("T")
 
-#: Bytes in an Argon2 digest: what Django's hasher makes, and what is sealed.
-DIGEST_SIZE = 32
+
+def access(
+    header: Header,
+    purpose: str,
+    report: Callable[[signals.Event], None] = signals.emit,
+) -> Access:
+    """Return what a mode works with, for calls that are for `purpose`."""
+
+    def service(sub: str, size: int | None) -> Any:
+        return kms(purpose, sub, size=size, report=report)
+
+    return Access(header, conf.get(), service)
 
 
-@sensitive_variables("digest")
 def seal(header: Header, digest: bytes, *, purpose: str = "set") -> SealedHash:
     """
-    Seal a digest with the key that the settings name.
+    Seal a digest with the key that the settings name, in the mode that they name.
 
     An alias is resolved by KMS itself, and the key that answered is the one recorded: a
     moved alias counts at once, in every process. Raises `KMSError`.
     """
-    if len(digest) != DIGEST_SIZE:
-        raise ValueError(f"only digests of {DIGEST_SIZE} bytes are sealed")
-    settings = conf.get()
-    mode, context = modes.by_name(settings.mode), context_of(header)
-    service = kms(purpose, header.sub)
+    return sealer(header, purpose=purpose)(digest)
+
+
+def sealer(header: Header, *, purpose: str) -> Callable[[bytes], SealedHash]:
+    """Return the call that seals, from any thread; this one may read the database."""
+    call = modes.by_name(conf.get().mode).sealer(access(header, purpose))
+    size = header.kind.size
 
     @sensitive_variables()
-    def seal_by(key: str) -> tuple[str, bytes]:
-        return mode.seal(service, key, digest, context)
+    def seal(digest: bytes) -> SealedHash:
+        if len(digest) != size:
+            raise ValueError(f"only digests of {size} bytes are sealed")
+        return call(digest)
 
-    arn, sealed = _anywhere(seal_by, settings, settings.key)
-    return SealedHash(header, mode.code, _ref(arn, settings), sealed)
+    return seal
 
 
 def open(stored: SealedHash, *, purpose: str = "login") -> bytes:
     """
-    Return the digest of a stored hash: 32 bytes, by one call to KMS.
+    Return what a stored hash holds: its digest, or in the modes of a MAC that.
 
-    Raises `InvalidCiphertext` if it was altered or belongs to another hash,
-    `MalformedHash` if its mode is unknown, or another `KMSError` if KMS cannot tell.
+    Raises `InvalidCiphertext` or `MalformedHash` if it was altered or belongs to another
+    hash, or its mode is unknown; or another `KMSError` if KMS cannot tell.
     """
-    return _opener(stored, kms(purpose, stored.header.sub, size=DIGEST_SIZE))()
+    return opener(stored, purpose=purpose)()
+
+
+def opener(stored: SealedHash, *, purpose: str) -> Callable[[], bytes]:
+    """Return the call that opens, from any thread; this one may read the database."""
+    mode = modes.by_code(stored.mode)
+    return mode.opener(access(stored.header, purpose), stored).call
 
 
 @sensitive_variables()
 def open_beside(
-    stored: SealedHash, compute: Callable[[], T], *, purpose: str = "login"
-) -> tuple[bytes, T]:
+    stored: SealedHash, compute: Callable[[], bytes], *, purpose: str = "login"
+) -> tuple[bytes, bytes]:
     """
-    Return the digest of a stored hash, and what `compute` has computed meanwhile.
+    Return what a stored hash holds, and what the digest that `compute` computes comes to:
+    they are equal if the password is right.
 
     The call to KMS runs in a thread of its own, and its event is emitted by the calling
     thread. Where KMS is known to be out, nothing is computed. Raises what `open` does, when
     both are done.
     """
-    settings = conf.get()
-    region = region_of(settings.key_for(stored.key_id))
-    if breaker.of(region).is_open:
-        return open(stored, purpose=purpose), compute()
-    events: list[signals.Event] = []
-    service = kms(purpose, stored.header.sub, size=DIGEST_SIZE, report=events.append)
-    future = background.start(_opener(stored, service))
+    mode, events = modes.by_code(stored.mode), list[signals.Event]()
+    here = access(stored.header, purpose)
+    held = mode.opener(access(stored.header, purpose, events.append), stored)
+    if not held.key:  # KMS has no part in it, or is asked with what is computed
+        digest = background.compute(compute)
+        return held.call(), mode.derive(here, stored, digest)
+    if breaker.of(region_of(held.key)).is_open:
+        return open(stored, purpose=purpose), mode.derive(here, stored, compute())
+    future = background.start(held.call)
     try:
-        computed = background.compute(compute)
+        digest = background.compute(compute)
     finally:
         future.exception()  # waits
         unrecorded = _emit_all(events)
-    digest = future.result()  # KMS's own error says more than an AuditError
+    opened = future.result()  # KMS's own error says more than an AuditError
     if unrecorded:
         raise unrecorded
-    return digest, computed
+    return opened, mode.derive(here, stored, digest)
 
 
 def _emit_all(events: list[signals.Event]) -> AuditError | None:
@@ -106,80 +136,54 @@ def _emit_all(events: list[signals.Event]) -> AuditError | None:
     return failure
 
 
-def _opener(stored: SealedHash, service: Provider) -> Callable[[], bytes]:
-    """Return the call that opens a stored hash; what can be wrong with it is found here."""
-    settings = conf.get()
-    mode, context = modes.by_code(stored.mode), context_of(stored.header)
-    home = settings.key_for(stored.key_id)
-
-    def open_by(key: str) -> bytes:
-        return mode.open(service, key, stored.sealed, context)
-
-    return functools.partial(_anywhere, open_by, settings, home)
-
-
-def _anywhere(call: Callable[[str], T], settings: conf.Conf, key: str) -> T:
-    """Return what `call` gives for the key or, while KMS is out there, for a replica."""
-    try:
-        return call(key)
-    except KMSUnavailable as error:
-        for replica in settings.replicas(key):
-            with contextlib.suppress(KMSUnavailable):
-                return call(replica)
-        raise error from None
-
-
 def rewrap(
     stored: SealedHash, key_arn: str, *, purpose: str = "rotate"
 ) -> tuple[SealedHash, ReEncrypted]:
     """
     Return the stored hash sealed by another key, and KMS's answer. The digest stays in KMS.
 
-    Raises `KMSError`, and `MalformedHash` if the mode is unknown.
+    Raises `KMSError`, and `MalformedHash` if the mode is unknown or cannot be re-wrapped.
     """
-    answer = _rewrap(kms(purpose, stored.header.sub), stored, key_arn)
-    return _rewrapped(stored, answer), answer
+    mode, own = modes.by_code(stored.mode), access(stored.header, purpose)
+    answer = mode.rewrap(own, stored, key_arn)
+    return mode.rewrapped(own, stored, answer), answer
 
 
 async def arewrap(
     stored: SealedHash, key_arn: str, *, purpose: str = "rotate"
 ) -> tuple[SealedHash, ReEncrypted]:
     """Do the same on an event loop."""
-    answer: ReEncrypted = await _rewrap(akms(purpose, stored.header.sub), stored, key_arn)
-    return _rewrapped(stored, answer), answer
+    mode = modes.by_code(stored.mode)
+    own = Access(stored.header, conf.get(), lambda sub, _: akms(purpose, sub))
+    answer: ReEncrypted = await mode.rewrap(own, stored, key_arn)
+    return mode.rewrapped(own, stored, answer), answer
 
 
-def _rewrap(service: Provider, stored: SealedHash, key_arn: str) -> Any:
-    """Return what the mode makes of the call, which may have to be awaited."""
-    source = conf.get().key_for(stored.key_id)
-    mode, context = modes.by_code(stored.mode), context_of(stored.header)
-    return mode.rewrap(service, source, stored.sealed, key_arn, context)
-
-
-def _rewrapped(stored: SealedHash, answer: ReEncrypted) -> SealedHash:
-    ref = _ref(answer.key_arn, conf.get())
-    return SealedHash(stored.header, stored.mode, ref, answer.ciphertext)
-
-
-def context_of(header: Header) -> dict[str, str]:
+def converter(stored: SealedHash, *, purpose: str = "rotate") -> Callable[[], SealedHash]:
     """
-    Return the encryption context of a stored hash. It stands in CloudTrail in plain text.
+    Return the call that brings a stored hash into the mode that the settings name, from any
+    thread; this one may read the database.
 
-    It binds the blob to its own header, so that neither can be swapped for another row's.
+    What the hash holds is in memory for that time. Raises `MalformedHash` if the mode cannot
+    be left without the password: a MAC gives no digest back.
     """
-    context = {"application": "kms_hasher", "use": "password", "sub": header.sub}
-    if deployment := conf.get().deployment:
-        context["deployment"] = deployment
-    return context
+    source, target = modes.by_code(stored.mode), modes.by_name(conf.get().mode)
+    if source.core not in ("digest", target.core):
+        raise MalformedHash("a MAC gives no digest back")
+    own = access(stored.header, purpose)
+    held = source.opener(own, stored)
+    if isinstance(source, Mac) and isinstance(target, Mac):
+        finish = target.encloser(own, source.mac_ref(stored))
+    else:
+        finish = target.sealer(own)
+
+    @sensitive_variables()
+    def convert() -> SealedHash:
+        return finish(held.call())
+
+    return convert
 
 
-def _ref(arn: str, settings: conf.Conf) -> str:
-    """Return the key ref of the ARN that KMS answered with, if we could ask for it again."""
-    try:
-        ref = encoding.key_ref(encoding.ARN.parse(arn).resource.removeprefix("key/"))
-    except MalformedHash:
-        raise KMSBadResponse("the answer names no key") from None
-    known = settings.key_for(encoding.key_id(ref))
-    if arn not in (known, *settings.replicas(known)) and known.startswith("arn:"):
-        raise KMSBadResponse("the answer names a key outside the account and Region of KEY")
-    return ref
+def context_of(header: Header) -> Context:
+    """Return the encryption context of a stored hash, see `modes.base.Access`."""
+    return access(header, "").context

@@ -28,6 +28,12 @@ class Key(models.Model):
     region = models.CharField(_("Region"), max_length=32)
     account = models.CharField(_("account"), max_length=12)
     spec = models.CharField(_("spec"), max_length=32, blank=True)
+    fingerprint = models.CharField(
+        _("fingerprint"),
+        max_length=64,
+        blank=True,
+        help_text=_("Of an RSA key: the SHA-256 of its public half, as SubjectPublicKeyInfo."),
+    )
     state = models.CharField(
         _("state"), max_length=32, blank=True, help_text=_("As last described by KMS.")
     )
@@ -50,6 +56,36 @@ class Key(models.Model):
 
     def __str__(self) -> str:
         return self.arn.rpartition("/")[2]
+
+
+class DataKey(models.Model):
+    """
+    A data key of the mode `envelope`, wrapped by a KMS key: see `data_keys`.
+
+    Its primary key is the number that stored passwords name it by.
+    """
+
+    sealed = models.TextField(
+        _("wrapped key"), help_text=_("A stored string like those of passwords.")
+    )
+    made_at = models.DateTimeField(_("made at"))
+    uses = models.PositiveIntegerField(
+        _("uses"), default=0, help_text=_("Passwords that it was taken for.")
+    )
+    retired_at = models.DateTimeField(_("retired at"), null=True, blank=True)
+
+    class Meta:
+        verbose_name = _("data key")
+        verbose_name_plural = _("data keys")
+        ordering = ["-pk"]
+
+    def __str__(self) -> str:
+        return str(self.pk)
+
+    @property
+    def number(self) -> int:
+        number: int = self.pk
+        return number
 
 
 class AliasPeriod(models.Model):
@@ -84,6 +120,8 @@ class RotationRun(models.Model):
         NEW_MATERIAL = "new-material", _("new key material")
         WRAP = "wrap", _("wrap stock hashes")
         UNWRAP = "unwrap", _("unwrap to stock hashes")
+        TO_MODE = "to-mode", _("move to a mode")
+        NEW_DATA_KEYS = "new-data-keys", _("new data keys")
 
     class State(models.TextChoices):
         RUNNING = "running", _("running")

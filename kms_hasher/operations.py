@@ -18,8 +18,10 @@ class WidenStockUserPassword(AlterField):
 
     It acts on the state and the tables of the app `auth`, wherever it stands, so that
     Django writes no migration into its own package; and on nothing where the site has a
-    user model of its own. Backwards it leaves the column as wide as it is, since what it
-    holds would not fit any more.
+    user model of its own. In a mode whose values fit Django's 128 characters the table is
+    left alone; a site that leaves such a mode has the command widen_password_column.
+    Backwards it leaves the column as wide as it is, since what it holds would not fit any
+    more.
     """
 
     def __init__(self, max_length: int) -> None:
@@ -42,7 +44,7 @@ class WidenStockUserPassword(AlterField):
         from_state: ProjectState,
         to_state: ProjectState,
     ) -> None:
-        if users.is_stock():
+        if users.is_stock() and users.needs_widening():
             super().database_forwards("auth", schema_editor, from_state, to_state)
 
     def database_backwards(

@@ -33,7 +33,7 @@ def rewrap(sender: Any, user: Any, **kwargs: Any) -> None:
     is logged, and the password stays as it was. Costs one query, and one ReEncrypt where
     the key is another. Does nothing where sessions hang on the whole column.
     """
-    from kms_hasher import history, keyring  # at the first login, not at the start
+    from kms_hasher import history, keyring, modes  # at the first login, not at the start
 
     try:
         settings = conf.get()
@@ -41,13 +41,16 @@ def rewrap(sender: Any, user: Any, **kwargs: Any) -> None:
         if not settings.rewrap_on_login or not old.startswith(encoding.PREFIX):
             return
         stored = encoding.parse(old)
-        if not settings.alias:
+        if not settings.alias or not modes.rewraps(
+            stored.mode, modes.by_name(settings.mode).spec
+        ):
             return
         with _savepoint(router.db_for_read(AliasPeriod)):
             period = history.current_period(settings.alias)
-        if period is None or period.key.ref == stored.key_ref:
+        present, *of_mac = stored.key_ref.split(".")
+        if period is None or period.key.ref == present:
             return
-        if not _keeps_sessions(user, stored, period.key.ref):
+        if not _keeps_sessions(user, stored, ".".join([period.key.ref, *of_mac])):
             return
         new = str(keyring.rewrap(stored, settings.key, purpose="login")[0])
         model = type(user)

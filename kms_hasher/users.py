@@ -22,16 +22,21 @@ from asgiref.sync import sync_to_async
 from django.apps import apps
 from django.conf import settings
 from django.contrib.auth.base_user import AbstractBaseUser
-from django.contrib.auth.hashers import acheck_password, check_password, make_password
+from django.contrib.auth.hashers import (
+    acheck_password,
+    check_password,
+    get_hasher,
+    make_password,
+)
 from django.contrib.auth.tokens import PasswordResetTokenGenerator
 from django.core.exceptions import FieldDoesNotExist
 from django.core.validators import MaxLengthValidator
-from django.db import connections, models, router
+from django.db import Error, connections, models, router
 from django.utils.crypto import salted_hmac
 from django.utils.translation import gettext_lazy as _
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import encoding
+from kms_hasher import conf, encoding, modes
 from kms_hasher.columns import Column
 from kms_hasher.exceptions import KMSHasherError
 
@@ -68,7 +73,11 @@ class KMSUserMixin(models.Model):
         late overwrites no password that was changed meanwhile. Raises `KMSError` if the
         hash is sealed and KMS cannot tell.
         """
-        return check_password(raw_password, self.password, functools.partial(upgrade, self))
+        setter = functools.partial(upgrade, self)
+        matches = check_password(raw_password, self.password, setter)
+        if matches and may_move(self) and raw_password is not None:
+            move(self, raw_password)
+        return matches
 
     @sensitive_variables("raw_password")
     async def acheck_password(self, raw_password: str | None) -> bool:
@@ -78,7 +87,10 @@ class KMSUserMixin(models.Model):
         async def setter(raw_password: str) -> None:
             await sync_to_async(upgrade)(self, raw_password)
 
-        return await acheck_password(raw_password, self.password, setter)
+        matches = await acheck_password(raw_password, self.password, setter)
+        if matches and may_move(self) and raw_password is not None:
+            await sync_to_async(move)(self, raw_password)
+        return matches
 
     def _get_session_auth_hash(self, secret: str | bytes | None = None) -> str:
         return salted_hmac(
@@ -122,6 +134,58 @@ def upgrade(user: Any, raw_password: str) -> None:
     except KMSHasherError as error:
         logger.error("The hash of a password could not be brought up to date: %s", error)
         return
+    _swap(user, old, new)
+
+
+def may_move(user: Any) -> bool:
+    """Return whether `move` may have something to do, by the stored string alone."""
+    if not str(user.password).startswith(encoding.PREFIX):
+        return False
+    try:
+        mode = modes.by_name(conf.get().mode)
+        return encoding.parse(user.password).mode != mode.code or mode.core == "mac"
+    except KMSHasherError:
+        return False
+
+
+@sensitive_variables()
+def move(user: Any, raw_password: str) -> None:
+    """
+    Bring a password that has just been found right into the present mode, or under the present
+    key of a MAC: for what no run can move without the password.
+
+    The salt stays, so sessions stay. Whatever goes wrong is logged, and the password stays as
+    it was. Does nothing without REWRAP_ON_LOGIN, or where sessions hang on the whole column.
+    """
+    from kms_hasher import history, keyring  # takes the database, and AWS's library
+
+    old, settings = user.password, conf.get()
+    try:
+        stored, target = encoding.parse(old), modes.by_name(settings.mode)
+        if not settings.rewrap_on_login or not _keeps_sessions(user):
+            return
+        if stored.mode == target.code:
+            alias = settings.mac_alias if settings.mode == "mac_in_direct" else settings.alias
+            period = history.current_period(alias) if alias else None
+            if period is None or period.key.ref == stored.key_ref.rpartition(".")[2]:
+                return
+        hasher: Any = get_hasher(stored.header.algorithm)
+        digest = hasher._digest(raw_password, stored.header)
+        new = str(keyring.seal(stored.header, digest, purpose="login"))
+        _swap(user, old, new)
+    except (KMSHasherError, Error) as error:
+        text = str(error) if isinstance(error, KMSHasherError) else type(error).__name__
+        logger.warning("A password could not be moved at a login: %s", text)
+
+
+def _keeps_sessions(user: Any) -> bool:
+    """Return whether the user's sessions hang on what moving leaves alone."""
+    own = getattr(type(user), "_get_session_auth_hash", None)
+    return own is KMSUserMixin._get_session_auth_hash
+
+
+def _swap(user: Any, old: str, new: str) -> None:
+    """Store a new hash of the same password, unless it has been changed since it was read."""
     if user.pk is not None:
         model = type(user)
         database = router.db_for_write(model, instance=user)
@@ -149,6 +213,17 @@ def _make_hash_value(
 def is_stock() -> bool:
     """Return whether Django's own user model is the site's."""
     return settings.AUTH_USER_MODEL == "auth.User"
+
+
+def needs_widening() -> bool:
+    """
+    Return whether sealed values do not fit the 128 characters of the stock column.
+
+    It is read by itself: a mistake in another setting must not change the tables.
+    """
+    raw = getattr(settings, "KMS_HASHER", {})
+    mode = modes.MODES.get(str(raw.get("MODE"))) if isinstance(raw, Mapping) else None
+    return mode is None or not mode.fits_stock
 
 
 def widen(model: type[models.Model]) -> None:

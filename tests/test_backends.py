@@ -24,6 +24,7 @@ from django.contrib.contenttypes.models import ContentType
 
 from kms_hasher import backends, background, exceptions, hashers, keyring
 from kms_hasher.backends import KMSModelBackend
+from kms_hasher.models import DataKey
 from kms_hasher.providers.base import Provider
 
 pytestmark = pytest.mark.django_db
@@ -591,3 +592,14 @@ class TestOutage:
         User.objects.update(password=sealed)
         assert attempt() is None
         assert len(failures) == 1
+
+
+@pytest.mark.django_db
+def test_a_decoy_whose_data_key_is_gone_is_made_anew(settings: Any) -> None:
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "MODE": "envelope"}
+    for _ in range(2):
+        assert authenticate(username="nobody", password="secret") is None
+    DataKey.objects.all().delete()
+    for _ in range(2):
+        assert authenticate(username="nobody", password="secret") is None
+    assert DataKey.objects.count() == 1

@@ -48,9 +48,9 @@ def test_each_id_stands_for_one_thing_and_has_a_test() -> None:
     assert (
         len(used)
         == len(set(used))
-        == source.count("checks.Error(") + source.count("checks.Warning(")
+        == sum(source.count(f"checks.{kind}(") for kind in ("Error", "Warning", "Info"))
     )
-    assert sorted(used) == re.findall(r"^    ([EW]\d{3})  ", checks.__doc__ or "", re.M)
+    assert sorted(used) == re.findall(r"^    ([EWI]\d{3})  ", checks.__doc__ or "", re.M)
     tested = " ".join(name for name in globals() if name.startswith("test_"))
     assert [id for id in used if f"test_{id.lower()}_" not in tested] == []
 
@@ -356,3 +356,32 @@ def test_a_column_to_come_is_passed_over(
 ) -> None:
     monkeypatch.setattr(User._meta.get_field("password"), "column", "password_to_come")
     assert run(databases=["default"]) == []
+
+
+# --- modes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["mac", "mac_in_direct"])
+def test_i001_a_mode_that_is_not_left_without_passwords(mode: str, settings: Any) -> None:
+    configure(settings, MODE=mode, MAC_KEY="alias/mac")
+    (message,) = checks.check_settings(None)
+    assert (message.id, message.level) == ("kms_hasher.I001", 20)
+
+
+def test_e010_costs_that_are_written_too_long(settings: Any) -> None:
+    configure(settings, MODE="envelope")
+    assert checks.check_hashers(None) == []
+    settings.PASSWORD_HASHERS = ["kms_hasher.hashers.KMSScryptPasswordHasher"]
+    (message,) = checks.check_hashers(None)
+    assert message.id == "kms_hasher.E010"
+    assert "168 characters" in message.msg
+    configure(settings, MODE="mac")
+    assert checks.check_hashers(None) == []
+
+
+@pytest.mark.parametrize("pem", ["", "no key"])
+def test_e011_what_is_no_public_key(pem: str, settings: Any) -> None:
+    arn = "arn:aws:kms:eu-west-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+    configure(settings, MODE="public_key", KEY=arn, PUBLIC_KEY=pem)
+    found = [message.id for message in checks.check_settings(None)]
+    assert ("kms_hasher.E011" in found) == bool(pem)

@@ -107,11 +107,11 @@ def test_rotate(kms: Provider) -> None:
     make_users(3)
     out, err = run("rotate_kms_key", "--new-key")
     target = kms.describe_key(ALIAS).key_arn
-    assert f"Re-wrapped 3 passwords under {target}" in out
-    assert "3 calls of ReEncrypt, 0 overtaken, 0 bad." in out
+    assert f"Re-wrapped 3 stored values under {target}" in out
+    assert "3 calls of KMS, 0 overtaken, 0 bad." in out
     assert not err
     out, _ = run("rotate_kms_key")
-    assert "Re-wrapped 0 passwords" in out
+    assert "Re-wrapped 0 stored values" in out
 
 
 def test_rotate_json(kms: Provider, key_arn: str) -> None:
@@ -425,7 +425,7 @@ def test_wrap(kms: Provider, answer: Callable[[str | None], None]) -> None:
     assert everything() == before
     answer("y")
     out, _ = run("wrap_passwords")
-    assert re.search(r"Sealed 2 passwords in \d+ s: 2 calls of Encrypt, 0 overt.*, 0 bad.", out)
+    assert re.search(r"Sealed 2 passwords in \d+ s: 2 calls, 0 overt.*, 0 bad.", out)
     out, _ = run("wrap_passwords")  # nothing to ask about
     assert "Sealed 0 passwords" in out
 
@@ -435,7 +435,7 @@ def test_wrap_as_json_with_a_warning(kms: Provider) -> None:
     with override_settings(PASSWORD_HASHERS=settings.PASSWORD_HASHERS[::-1]):
         out, err = run("wrap_passwords", "--noinput", "--json", "--rate=1000")
     assert json.loads(out)["rewritten"] == 2
-    assert "not the first of PASSWORD_HASHERS" in err
+    assert "is the first of PASSWORD_HASHERS, and does not seal" in err
 
 
 # --- unwrap_passwords ---------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_unwrap_needs_the_stock_hasher_first(kms: Provider) -> None:
     make_users(1)
     for arguments in (["--dry-run"], ["--confirm=unwrap 1 passwords"]):
         _, err = run("unwrap_passwords", *arguments, status=1)
-        assert "must be the first of PASSWORD_HASHERS" in err
+        assert "The first of PASSWORD_HASHERS seals" in err
 
 
 @pytest.mark.usefixtures("unsealing")
@@ -525,6 +525,7 @@ def test_status_as_json(kms: Provider, key_arn: str, calls: Calls) -> None:
             "algorithm": "kms_argon2",
             "mode": "d1",
             "key_ref": encoding.key_ref(key_arn),
+            "mac_ref": "",
             "number": 2,
         }
     ]

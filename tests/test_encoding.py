@@ -299,15 +299,17 @@ class TestStablePart:
     @pytest.mark.parametrize(
         ("encoded", "part"),
         [
-            ("pbkdf2_sha256$1000$salt$ZGlnZXN0", "pbkdf2_sha256$1000$salt"),
-            ("pbkdf2_sha1$1000$salt$ZGlnZXN0", "pbkdf2_sha1$1000$salt"),
-            ("scrypt$16384$salt$8$1$ZGlnZXN0", "scrypt$16384$salt$8$1"),
+            ("pbkdf2_sha256$1000$salt$ZGlnZXN0", "pbkdf2_sha256|1000|salt"),
+            ("pbkdf2_sha1$1000$salt$ZGlnZXN0", "pbkdf2_sha1|1000|salt"),
+            ("scrypt$16384$salt$8$1$ZGlnZXN0", "scrypt|N=16384,r=8,p=1|salt"),
             (
-                "bcrypt_sha256$$2b$12$" + "s" * 22 + "d" * 31,
-                "bcrypt_sha256$$2b$12$" + "s" * 22,
+                "bcrypt_sha256$$2b$12$" + "s" * 22 + "d" * 30 + "O",
+                "bcrypt_sha256|2b,12|" + "s" * 22,
             ),
+            ("md5$salt$6469676573740000", "md5|-|salt"),
             # No salt, or a layout that is not known: the whole value, as stock Django does.
             ("md5$salt$digest", "md5$salt$digest"),
+            ("pbkdf2_sha256$1000$salt$not base64", "pbkdf2_sha256$1000$salt$not base64"),
             ("argon2$broken", "argon2$broken"),
             ("kms_argon2$broken", "kms_argon2$broken"),
             ("!random", "!random"),

@@ -18,7 +18,7 @@ from django.views.debug import ExceptionReporter
 from kms_hasher import encoding, exceptions, keyring
 from kms_hasher.encoding import Argon2Parameters, Header
 from kms_hasher.exceptions import KMSBadResponse
-from kms_hasher.providers.base import Encrypted, Provider
+from kms_hasher.providers.base import DataKey, Encrypted, Provider
 from kms_hasher.signals import Event, kms_event
 
 HEADER = Header("kms_argon2", Argon2Parameters(8, 1, 1), b"saltsaltsaltsaltsalt00")
@@ -227,3 +227,15 @@ class TestNothingSecretInErrors:
         for error in errors:
             text = "".join(traceback.format_exception(error)) + repr(error)
             assert "saltsalt" not in text
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("size", [0, 32, 63, 65])
+def test_a_data_key_of_another_size_seals_nothing(
+    size: int, settings: Any, monkeypatch: pytest.MonkeyPatch, key_arn: str
+) -> None:
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "MODE": "envelope"}
+    answer = DataKey(key_arn=key_arn, plaintext=bytes(size), ciphertext=b"blob")
+    monkeypatch.setattr(keyring.provider(), "generate_data_key", lambda *args, **kwargs: answer)
+    with pytest.raises(KMSBadResponse, match="size"):
+        keyring.seal(HEADER, DIGEST)

@@ -130,3 +130,15 @@ def test_nothing_is_learnt_from_nothing(world: World) -> None:
     subject = Pace(None)
     world.run(subject, 5, lambda subject: (0, 0))
     assert subject.number == pace.FIRST
+
+
+@pytest.mark.parametrize("pressed", [event(False), event(attempts=2)])
+def test_what_was_throttled_leaves_kms_to_others_at_once(
+    pressed: signals.Event, world: World
+) -> None:
+    subject = Pace(32)
+    assert subject.turn() == 0
+    subject.note([event()])
+    assert subject.turn() == 0
+    subject.note([pressed])
+    assert subject.turn() == pytest.approx(pace.HOLD)

@@ -249,10 +249,14 @@ def _forget(event: Event, error: BaseException) -> None:
         logger.error("The key history could not be written (%s)", _reason(error))
 
 
+#: Operations whose answer shows what an alias points to.
+SHOWING = ("Encrypt", "DescribeKey", "GenerateDataKey", "GenerateMac", "GetPublicKey")
+
+
 def _alias(event: Event) -> str:
     """Return the alias that the event shows the target of, or ""."""
     name = event.requested_key
-    shows = event.operation in ("Encrypt", "DescribeKey")
+    shows = event.operation in SHOWING
     return name if shows and (name.startswith("alias/") or ":alias/" in name) else ""
 
 

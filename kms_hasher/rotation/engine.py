@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from django.db.models import QuerySet
 
-from kms_hasher import signals, users
+from kms_hasher import data_keys, signals, users
 from kms_hasher.columns import Change, Column
 from kms_hasher.exceptions import KMSHasherError, MalformedHash
 from kms_hasher.models import RotationRun, RotationShard
@@ -143,7 +143,7 @@ class Walker:
         self._begin(shard)
         limit = statement_timeout(shard.database, self._options.statement_timeout)
         try:
-            with limit:
+            with limit, data_keys.held():
                 overtaken = yield from self._rewrite(self._pages())
                 if overtaken:  # once more at once, and in the next sweep
                     yield from self._rewrite(self._again(overtaken))

@@ -1,5 +1,6 @@
 """
-What a run does to a row: re-wrap it, renew it, seal it, or take the seal off.
+What a run does to a row: re-wrap it, renew it, seal it, take the seal off, or bring it into
+another mode or under another data key.
 
 The calls are made beside an event loop and must not use the database; everything else here
 runs in the thread that walks the rows.
@@ -8,16 +9,18 @@ runs in the thread that walks the rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from django.contrib.auth.hashers import get_hasher, get_hashers
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import conf, encoding, keyring, modes
 from kms_hasher.calls import in_thread
-from kms_hasher.encoding import Header, SealedHash
+from kms_hasher.encoding import Header, SealedHash, data_key_number, split_refs
 from kms_hasher.exceptions import (
+    DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
     KeyNotFound,
@@ -30,6 +33,7 @@ from kms_hasher.exceptions import (
     MalformedHash,
     RotationRefused,
 )
+from kms_hasher.inner import is_stock
 from kms_hasher.models import Key, RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation.workers import Task
@@ -39,14 +43,16 @@ ALIAS_MOVED = (
     "they were; run it again to bring them under that key."
 )
 OLD_MATERIAL = "The key still seals with its former material."
-NOT_32_BYTES = (
+WRONG_SIZE = (
     "its digest has {size} bytes, not {wanted}; it is sealed when its user next logs in"
 )
 TOO_COSTLY = (
-    "its Argon2 costs are beyond the limits of the hasher; it is sealed when its user next "
+    "its costs are beyond the limits of the hasher; it is sealed when its user next "
     "logs in, or raise the limits in a subclass"
 )
 NOT_STOCK = "{error}; it is sealed when its user next logs in, if it matches at all"
+
+ONE_WAY = "it holds a MAC, which gives no digest back"
 
 #: Errors that come of one stored value, whatever the keys.
 _ROW_ERRORS = (InvalidCiphertext, InvalidRequest, MalformedHash)
@@ -73,36 +79,37 @@ class Rewrap:
 
     def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
         found = _sealed(rows, name)
-        for algorithm in sealing_algorithms():
+        for algorithm in (*sealing_algorithms(), encoding.DATA_KEY):
             for mode in modes.MODES.values():
-                done = encoding.prefix_of(algorithm, mode.code, self.ref)
+                rewraps = modes.rewraps(mode.code, self.target.spec)
+                done = encoding.prefix_of(algorithm, mode.code, self.ref if rewraps else "")
                 found = found.exclude(**{f"{name}__startswith": done})
         return found
 
     def task(self, value: str) -> Task | None:
         stored = encoding.parse(value)
         modes.by_code(stored.mode)
-        if stored.key_ref == self.ref:
+        if not modes.rewraps(stored.mode, self.target.spec) or _outer(stored) == self.ref:
             return None
         return functools.partial(self._rewrap, stored)
 
     async def _rewrap(self, stored: SealedHash) -> str | None:
-        if error := self._unusable.get(stored.key_ref):
+        if error := self._unusable.get(_outer(stored)):
             raise error
         new, _ = await self._checked(stored)
-        self.sources.add(stored.key_ref)
+        self.sources.add(_outer(stored))
         return str(new)
 
     async def _checked(self, stored: SealedHash) -> tuple[SealedHash, base.ReEncrypted]:
         new, answer = await keyring.arewrap(stored, self.target.key_arn)
-        if new.key_ref != self.ref:
+        if _outer(new) != self.ref:
             raise KMSBadResponse("the answer names another key", operation="ReEncrypt")
         return new, answer
 
     def blames_row(self, value: str, error: KMSHasherError) -> bool:
         if isinstance(error, _ROW_ERRORS):
             return True
-        source = encoding.parse(value).key_ref
+        source = _outer(encoding.parse(value))
         if source in self._unusable:
             return True
         if isinstance(error, _KEY_ERRORS):
@@ -134,13 +141,15 @@ class Renew(Rewrap):
     def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
         return _sealed(rows, name)
 
-    def task(self, value: str) -> Task:
+    def task(self, value: str) -> Task | None:
         stored = encoding.parse(value)
         modes.by_code(stored.mode)
+        if not modes.rewraps(stored.mode, self.target.spec):
+            return None
         return functools.partial(self._rewrap, stored)
 
     async def _rewrap(self, stored: SealedHash) -> str | None:
-        if stored.key_ref != self.ref:
+        if _outer(stored) != self.ref:
             return await super()._rewrap(stored)
         new, answer = await self._checked(stored)
         material, wanted = answer.key_material_id, self.target.key_material_id
@@ -152,7 +161,7 @@ class Renew(Rewrap):
 
 
 class Wrap:
-    """Seal the hashes of Django's Argon2 hasher with the key that the settings name."""
+    """Seal the hashes of Django's hashers with the key that the settings name."""
 
     until_clean = True
 
@@ -160,8 +169,7 @@ class Wrap:
         self.sources: set[str] = set()
 
     def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
-        found: QuerySet[Any] = rows.filter(**{f"{name}__startswith": "argon2$"})
-        return found
+        return stock(rows, name, sealing_algorithms())
 
     @sensitive_variables()
     def task(self, value: str) -> Task:
@@ -169,17 +177,12 @@ class Wrap:
             header, digest = encoding.parse_stock(value)
         except MalformedHash as error:
             raise MalformedHash(NOT_STOCK.format(error=error)) from None
-        if len(digest) != keyring.DIGEST_SIZE:
-            raise MalformedHash(
-                NOT_32_BYTES.format(size=len(digest), wanted=keyring.DIGEST_SIZE)
-            )
+        if len(digest) != header.kind.size:
+            raise MalformedHash(WRONG_SIZE.format(size=len(digest), wanted=header.kind.size))
         if not _readable(header):
             raise MalformedHash(TOO_COSTLY)
-        return functools.partial(in_thread(self._seal), header, digest)
-
-    @sensitive_variables()
-    def _seal(self, header: Header, digest: bytes) -> str:
-        return str(keyring.seal(header, digest, purpose="wrap"))
+        seal = keyring.sealer(header, purpose="wrap")
+        return in_thread(lambda: str(seal(digest)))
 
     def blames_row(self, value: str, error: KMSHasherError) -> bool:
         return False
@@ -188,8 +191,8 @@ class Wrap:
         pass
 
 
-class Unwrap:
-    """Take the seal off, so that Django's own hasher can read the hashes."""
+class _Opening:
+    """What opens rows: the state of a key, and a row that is damaged, are the row's matter."""
 
     until_clean = True
 
@@ -197,19 +200,29 @@ class Unwrap:
         self.sources: set[str] = set()
         self._unusable: dict[str, KMSHasherError] = {}
 
-    def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
-        return _sealed(rows, name)
-
-    def task(self, value: str) -> Task:
+    def task(self, value: str) -> Task | None:
         stored = encoding.parse(value)
         modes.by_code(stored.mode)
-        return functools.partial(in_thread(self._open), stored)
+        if not self.wants(stored):
+            return None
+        try:
+            call = self.call(stored)
+        except DataKeyMissing as error:
+            raise MalformedHash(str(error)) from None
 
-    @sensitive_variables()
-    def _open(self, stored: SealedHash) -> str:
-        if error := self._unusable.get(stored.key_ref):
-            raise error
-        return encoding.format_stock(stored.header, keyring.open(stored, purpose="unwrap"))
+        def checked() -> str:
+            if error := self._unusable.get(stored.key_ref):
+                raise error
+            return call()
+
+        return in_thread(checked)
+
+    def wants(self, stored: SealedHash) -> bool:
+        raise NotImplementedError
+
+    def call(self, stored: SealedHash) -> Callable[[], str]:
+        """Return the call that gives the new value, from any thread."""
+        raise NotImplementedError
 
     def blames_row(self, value: str, error: KMSHasherError) -> bool:
         if isinstance(error, _KEY_ERRORS):
@@ -221,8 +234,67 @@ class Unwrap:
         pass
 
 
-def of(run: RotationRun) -> Rewrap | Wrap | Unwrap:
+class Unwrap(_Opening):
+    """Take the seal off, so that Django's own hashers can read the hashes."""
+
+    def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+        return _passwords(rows, name)
+
+    def wants(self, stored: SealedHash) -> bool:
+        if modes.by_code(stored.mode).core != "digest":
+            raise MalformedHash(ONE_WAY)
+        return True
+
+    def call(self, stored: SealedHash) -> Callable[[], str]:
+        opener = keyring.opener(stored, purpose="unwrap")
+
+        @sensitive_variables()
+        def unwrap() -> str:
+            return encoding.format_stock(stored.header, opener())
+
+        return unwrap
+
+
+class Convert(_Opening):
+    """
+    Bring all sealed passwords into the mode that the settings name, and where it has data
+    keys, to one that is newer than `after`.
+    """
+
+    def __init__(self, *, after: int | None = None) -> None:
+        super().__init__()
+        self._target, self._after = modes.by_name(conf.get().mode), after
+
+    def candidates(self, rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+        found = _passwords(rows, name)
+        for algorithm in sealing_algorithms():
+            for mode in modes.MODES.values():
+                same = mode.code == self._target.code and self._after is None
+                if same or mode.core not in ("digest", self._target.core):
+                    done = encoding.prefix_of(algorithm, mode.code)
+                    found = found.exclude(**{f"{name}__startswith": done})
+        return found
+
+    def wants(self, stored: SealedHash) -> bool:
+        if modes.by_code(stored.mode).core not in ("digest", self._target.core):
+            return False  # it moves when its user next signs in
+        if stored.mode != self._target.code:
+            return True
+        return self._after is not None and data_key_number(stored.key_ref) <= self._after
+
+    def call(self, stored: SealedHash) -> Callable[[], str]:
+        if modes.by_code(stored.mode).names_key:
+            self.sources |= {ref for ref in split_refs(stored.key_ref) if ref}
+        convert = keyring.converter(stored, purpose="rotate")
+        return lambda: str(convert())
+
+
+def of(run: RotationRun) -> Rewrap | Wrap | Unwrap | Convert:
     """Return the job of a run, for any process that works on it."""
+    if run.kind == RotationRun.Kind.TO_MODE:
+        return Convert()
+    if run.kind == RotationRun.Kind.NEW_DATA_KEYS:
+        return Convert(after=run.plan["data_keys_up_to"])
     if run.kind == RotationRun.Kind.WRAP:
         return Wrap()
     if run.kind == RotationRun.Kind.UNWRAP:
@@ -230,7 +302,7 @@ def of(run: RotationRun) -> Rewrap | Wrap | Unwrap:
     target = base.Key(
         key_arn=run.key.arn if run.key else "",
         key_material_id=run.plan.get("material", ""),
-        spec=base.SYMMETRIC_DEFAULT,
+        spec=run.plan.get("spec") or base.SYMMETRIC_DEFAULT,
         usage="ENCRYPT_DECRYPT",
         state="Enabled",
     )
@@ -244,9 +316,27 @@ def sealing_algorithms() -> list[str]:
     return [name for name in names if name.startswith(encoding.PREFIX)]
 
 
+def stock(rows: QuerySet[Any], name: str, sealing: Iterable[str]) -> QuerySet[Any]:
+    """Return the rows that one of Django's hashers made, whose like is among the sealing."""
+    wanted = Q(pk__in=())
+    for algorithm in sealing:
+        if is_stock(inner := algorithm.removeprefix(encoding.PREFIX)):
+            wanted |= Q(**{f"{name}__startswith": f"{inner}$"})
+    return rows.filter(wanted)
+
+
 def _sealed(rows: QuerySet[Any], name: str) -> QuerySet[Any]:
-    found: QuerySet[Any] = rows.filter(**{f"{name}__startswith": encoding.PREFIX})
-    return found
+    return rows.filter(**{f"{name}__startswith": encoding.PREFIX})
+
+
+def _passwords(rows: QuerySet[Any], name: str) -> QuerySet[Any]:
+    data_key = encoding.prefix_of(encoding.DATA_KEY)
+    return _sealed(rows, name).exclude(**{f"{name}__startswith": data_key})
+
+
+def _outer(stored: SealedHash) -> str:
+    """Return the ref of the key that sealed, and not that of a MAC's key."""
+    return split_refs(stored.key_ref)[0]
 
 
 def _is_enabled(key: str) -> bool:
@@ -255,6 +345,5 @@ def _is_enabled(key: str) -> bool:
 
 def _readable(header: Header) -> bool:
     """Return whether the hasher would read a sealed hash with this header."""
-    mode = modes.by_name(conf.get().mode).code
-    sample = SealedHash(header, mode, encoding.key_ref(_ANY_KEY), b"sealed")
+    sample = SealedHash(header, "d1", encoding.key_ref(_ANY_KEY), b"sealed")
     return "mode" in get_hasher(header.algorithm).decode(str(sample))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from django.db.models import Q
 from django.utils import timezone
 
-from kms_hasher import columns, conf, encoding, history, keyring
+from kms_hasher import columns, conf, encoding, history, keyring, modes
 from kms_hasher.encoding import ARN
 from kms_hasher.exceptions import AlreadyExists, KeyNotFound, RotationRefused
 from kms_hasher.models import Key
@@ -21,6 +21,9 @@ from kms_hasher.providers import base
 
 #: Described on a key that is made where there was none.
 DESCRIPTION = "Seals the password hashes of a Django site (kms_hasher)"
+
+#: Specs of such keys, by the class that a mode needs.
+NEW_SPECS = {"SYMMETRIC": base.SYMMETRIC_DEFAULT, "RSA": "RSA_4096", "HMAC": "HMAC_256"}
 
 #: Seconds to wait until KMS names the new key material, and between two looks.
 MATERIAL_WAIT = 300.0
@@ -52,7 +55,10 @@ def make_like(present: base.Key | None) -> base.Key:
     """
     kms = keyring.kms("rotate")
     if present is None:
-        return kms.create_key(description=DESCRIPTION)
+        mode = modes.by_name(conf.get().mode)
+        return kms.create_key(
+            spec=NEW_SPECS[mode.spec], usage=mode.usage, description=DESCRIPTION
+        )
     arn = present.key_arn
     policy = kms.get_key_policy(arn).policy
     tags = kms.list_resource_tags(arn).tags

@@ -17,6 +17,10 @@ PERIOD = 1.0
 #: factor in each period without.
 BACK, FORTH = 0.8, 1.05
 
+#: Seconds for which no call is let through after one that was throttled: what KMS takes by then
+#: is for logins, which try again at once and only once.
+HOLD = 0.25
+
 #: Calls in flight to begin with and at the most, where the best number is looked for; by what
 #: factor more are tried, and by what factor the rate must rise for that.
 FIRST, MOST = 8, 256
@@ -68,6 +72,7 @@ class Pace:
             # More than one id: the provider had to make the call again.
             if event.outcome == signals.UNAVAILABLE or len(event.request_ids) > 1:
                 self._pressed += 1
+                self._next = max(self._next, time.monotonic() + HOLD)
 
     def look(self) -> None:
         """Draw conclusions. To be called each `PERIOD`."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from django.utils import timezone
 
-from kms_hasher import columns, conf, encoding, history, keyring
+from kms_hasher import columns, conf, encoding, history, keyring, modes
 from kms_hasher.columns import Column, Group
 from kms_hasher.exceptions import KeyNotFound, RotationRefused
 from kms_hasher.models import AliasPeriod, RotationRun
@@ -35,6 +35,16 @@ ELSEWHERE = (
     "The key {arn} is in another account or Region than {present}. Let KEY name a key or "
     "alias there, list the present key in PREVIOUS_KEYS, and run this without --to."
 )
+WRONG_KIND = (
+    "The key {arn} is {spec} for {usage}; the mode {mode!r} needs a key that is {wanted} for "
+    "{wanted_usage}. Let KEY name such a key."
+)
+OTHER_MODE = (
+    "KMS_HASHER['MODE'] is {present!r}, so that new passwords are still sealed in that mode. "
+    "Set it to {mode!r} first, with the KEY that it needs, and restart the site: sealed "
+    "passwords of every mode can be checked under each setting."
+)
+NO_DATA_KEYS = 'There are no data keys in the mode {mode!r}; they are of the mode "envelope".'
 NO_MATERIAL = "Only symmetric keys have key material that can be rotated; use --new-key."
 
 
@@ -51,6 +61,7 @@ class Plan:
     """
 
     kind: RotationRun.Kind
+    mode: str = "direct"
     alias: str = ""
     present: base.Key | None = None
     target: base.Key | None = None
@@ -76,16 +87,57 @@ class Plan:
 
     def rows_by_column(self) -> dict[Column, Counter[str]]:
         """Return the same for each column."""
-        target = encoding.key_ref(self.target.key_id) if self.target else None
-        renewed = self.kind == RotationRun.Kind.NEW_MATERIAL
         found = {}
         for column, counted in self.counts.items():
             rows = found[column] = Counter[str]()
             for group, number in counted.items():
-                sealed = group.algorithm.startswith(encoding.PREFIX)
-                if sealed and (renewed or group.key_ref != target):
+                if self._is_meant(group):
                     rows[group.key_ref] += number
         return found
+
+    def _is_meant(self, group: Group) -> bool:
+        if not group.is_sealed:
+            return False
+        if self.kind == RotationRun.Kind.NEW_DATA_KEYS:
+            return group.is_password and modes.by_name(self.mode).code == group.mode
+        if self.kind == RotationRun.Kind.TO_MODE:
+            return group.is_password and modes.converts(group.mode, self.mode)
+        if not modes.rewraps(group.mode, self.spec):
+            return False
+        target = encoding.key_ref(self.target.key_id) if self.target else None
+        return self.kind == RotationRun.Kind.NEW_MATERIAL or group.key_ref != target
+
+    @property
+    def rewraps(self) -> bool:
+        """Whether KMS does it by ReEncrypt; else what is sealed is opened and sealed again."""
+        kinds = (RotationRun.Kind.TO_MODE, RotationRun.Kind.NEW_DATA_KEYS)
+        return self.kind not in kinds
+
+    @property
+    def spec(self) -> str:
+        """The spec of the key that rows come under."""
+        known = self.target or self.present
+        return known.spec if known else modes.by_name(self.mode).spec
+
+    @property
+    def waiting(self) -> int:
+        """
+        How many passwords no run can move: each moves when its user next signs in, or changes
+        it. They hold a MAC made by another key, or are to leave a mode that holds one.
+        """
+        target = encoding.key_ref(self.target.key_id) if self.target else None
+        number = 0
+        for counted in self.counts.values():
+            for group, rows in counted.items():
+                if not group.is_password or not modes.is_known(group.mode):
+                    continue
+                if self.kind == RotationRun.Kind.TO_MODE:
+                    same = modes.name_of(group.mode) == self.mode
+                    waits = not same and not modes.converts(group.mode, self.mode)
+                else:
+                    waits = group.mode == "m1" and group.key_ref != target
+                number += rows if waits else 0
+        return number
 
     def old_refs(self) -> set[str]:
         """Return the refs of keys the alias has left or is to leave."""
@@ -97,29 +149,47 @@ class Plan:
         return {encoding.key_ref(arn) for arn in arns if arn}
 
 
-def make(*, new_key: bool = False, to: str = "", new_material: bool = False) -> Plan:
+def make(
+    *,
+    new_key: bool = False,
+    to: str = "",
+    new_material: bool = False,
+    to_mode: str = "",
+    new_data_keys: bool = False,
+) -> Plan:
     """
-    Return the plan for at most one of the three wishes; for none, re-wrap to the present key.
+    Return the plan for at most one of the wishes; for none, re-wrap to the present key.
 
-    `to` is a key id, a key ARN or an alias. Raises `RotationRefused` if it cannot be done
-    as asked, and `KMSError`.
+    `to` is a key id, a key ARN or an alias, `to_mode` the mode that the settings name. Raises
+    `RotationRefused` if it cannot be done as asked, and `KMSError`.
     """
     settings = conf.get()
+    mode = modes.by_name(settings.mode)
+    if to_mode and to_mode != settings.mode:
+        raise RotationRefused(OTHER_MODE.format(mode=to_mode, present=settings.mode))
+    if new_data_keys and mode.names_key:
+        raise RotationRefused(NO_DATA_KEYS.format(mode=settings.mode))
     if not settings.alias and (new_key or to):
         raise RotationRefused(NEEDS_ALIAS.format(key=settings.key))
     present = _present(settings)
     if present is None and not (new_key or to):
         missing = NO_ALIAS if settings.alias else NO_SUCH_KEY
         raise RotationRefused(missing.format(alias=settings.key, key=settings.key))
-    kind, target, resumes = _target(settings, present, new_key, to, new_material)
+    if to_mode or new_data_keys:
+        kind = RotationRun.Kind.TO_MODE if to_mode else RotationRun.Kind.NEW_DATA_KEYS
+        target, resumes = present, False
+    else:
+        kind, target, resumes = _target(settings, present, new_key, to, new_material)
     if target is not None:
         _check(target, present)
+        _check_mode(target, settings.mode)
     previous = history.previous_key(settings.alias) if settings.alias else None
     begun = runs.unfinished(kind, settings.alias)
     if begun and begun.key and (not target or begun.key.arn != target.key_arn):
         begun = None
     return Plan(
         kind=kind,
+        mode=settings.mode,
         alias=settings.alias,
         present=present,
         target=target,
@@ -175,11 +245,7 @@ def _target(
 def _check(target: base.Key, present: base.Key | None) -> None:
     if target.state != "Enabled":
         raise RotationRefused(NOT_ENABLED.format(arn=target.key_arn, state=target.state))
-    spec, usage = (
-        (present.spec, present.usage)
-        if present
-        else (base.SYMMETRIC_DEFAULT, "ENCRYPT_DECRYPT")
-    )
+    spec, usage = (present.spec, present.usage) if present else (target.spec, target.usage)
     if (_class(target.spec), target.usage) != (_class(spec), usage):
         raise RotationRefused(
             OTHER_KIND.format(
@@ -192,6 +258,21 @@ def _check(target: base.Key, present: base.Key | None) -> None:
         )
     if present and not keys.is_beside(target.key_arn, present.key_arn):
         raise RotationRefused(ELSEWHERE.format(arn=target.key_arn, present=present.key_arn))
+
+
+def _check_mode(target: base.Key, name: str) -> None:
+    mode = modes.by_name(name)
+    if (_class(target.spec), target.usage) != (mode.spec, mode.usage):
+        raise RotationRefused(
+            WRONG_KIND.format(
+                arn=target.key_arn,
+                spec=target.spec,
+                usage=target.usage,
+                mode=name,
+                wanted=mode.spec,
+                wanted_usage=mode.usage,
+            )
+        )
 
 
 def _class(spec: str) -> str:

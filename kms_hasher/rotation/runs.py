@@ -20,7 +20,7 @@ from django.db import DatabaseError
 from django.db.models import Sum
 from django.utils import timezone
 
-from kms_hasher import history
+from kms_hasher import conf, history
 from kms_hasher.exceptions import KMSHasherError, RotationCancelled, RotationRefused
 from kms_hasher.models import Key, RotationRun, RotationShard
 from kms_hasher.rotation import shards
@@ -44,6 +44,8 @@ OVER_KEYS = (
     RotationRun.Kind.NEW_KEY,
     RotationRun.Kind.TO_KEY,
     RotationRun.Kind.NEW_MATERIAL,
+    RotationRun.Kind.TO_MODE,
+    RotationRun.Kind.NEW_DATA_KEYS,
 )
 
 
@@ -198,6 +200,8 @@ def command_of(run: RotationRun) -> str:
         RotationRun.Kind.NEW_MATERIAL: "rotate_kms_key --new-material",
         RotationRun.Kind.WRAP: "wrap_passwords",
         RotationRun.Kind.UNWRAP: "unwrap_passwords",
+        RotationRun.Kind.TO_MODE: f"rotate_kms_key --to-mode {conf.get().mode}",
+        RotationRun.Kind.NEW_DATA_KEYS: "rotate_kms_key --new-data-keys",
     }
     return f"manage.py {wishes.get(RotationRun.Kind(run.kind), 'rotate_kms_key')}"
 

@@ -177,7 +177,7 @@ def at_work(run: RotationRun) -> int:
 
 def column_of(shard: RotationShard) -> Column:
     """Return the shard's column. Raises `ConfigurationError` if the settings lack it."""
-    for field in columns.fields():
+    for field in (*columns.fields(), columns.data_key_field()):
         column = Column(field.model, field, shard.database)
         if column.label == shard.column and shard.database in columns.databases():
             return column

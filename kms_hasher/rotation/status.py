@@ -153,7 +153,7 @@ def _look_at_key(status: Status, key: base.Key, permissions: bool) -> None:
 def _try_permissions(status: Status, arn: str) -> None:
     kms = keyring.kms("status")
     context = {"application": "kms_hasher", "use": "status"}
-    probe, blob = os.urandom(keyring.DIGEST_SIZE), b""
+    probe, blob = os.urandom(32), b""
 
     def attempt(operation: str, call: Callable[[], object]) -> None:
         status.permissions[operation] = NOT_CHECKED
@@ -192,10 +192,9 @@ def _look_at_columns(status: Status) -> None:
         except (FieldDoesNotExist, DatabaseError):
             status.problems.append(NO_COLUMN.format(column=column))
             continue
-        if width is not None and width < encoding.MAX_LENGTH:
-            status.problems.append(
-                NARROW.format(column=column, width=width, needed=encoding.MAX_LENGTH)
-            )
+        needed = modes.width(status.mode)
+        if width is not None and width < needed:
+            status.problems.append(NARROW.format(column=column, width=width, needed=needed))
         status.columns.append(ColumnStatus(str(column), width, rows))
     _look_at_hashers(status)
 
@@ -206,13 +205,14 @@ def _look_at_hashers(status: Status) -> None:
     strange: Counter[str] = Counter()
     for group, number in _counted(status).items():
         algorithms[group.algorithm] += number
-        if _is_sealed(group) and group.mode not in {m.code for m in modes.MODES.values()}:
+        if group.is_sealed and not modes.is_known(group.mode):
             strange[group.mode] += number
     unsealed = 0
     for algorithm, number in algorithms.items():
         if algorithm not in ("", "!") and not algorithm.startswith(encoding.PREFIX):
             unsealed += number
-        if algorithm.startswith(encoding.PREFIX) and algorithm not in known:
+        data_key = algorithm == encoding.DATA_KEY
+        if algorithm.startswith(encoding.PREFIX) and algorithm not in known and not data_key:
             status.problems.append(NO_HASHER.format(number=number, algorithm=algorithm))
     if unsealed:
         status.notes.append(UNSEALED.format(number=unsealed))
@@ -223,8 +223,10 @@ def _look_at_hashers(status: Status) -> None:
 def _look_at_keys(status: Status) -> None:
     rows: Counter[str] = Counter()
     for group, number in _counted(status).items():
-        if _is_sealed(group):
+        if group.is_sealed and group.key_ref:
             rows[group.key_ref] += number
+        if group.mac_ref:
+            rows[group.mac_ref] += number
     present = encoding.key_ref(status.described.key_id) if status.described else ""
     damaged = 0
     for ref, number in rows.most_common():
@@ -287,10 +289,6 @@ def _look_at_last_run(status: Status) -> None:
 
 def _counted(status: Status) -> Counter[Group]:
     return sum((column.rows for column in status.columns), Counter())
-
-
-def _is_sealed(group: Group) -> bool:
-    return group.algorithm.startswith(encoding.PREFIX)
 
 
 def _look_at_breakers(status: Status) -> None:

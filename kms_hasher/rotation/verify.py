@@ -15,15 +15,17 @@ from typing import Any
 
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import columns, encoding, keyring, signals
+from kms_hasher import columns, data_keys, encoding, keyring, modes, signals
 from kms_hasher.calls import in_thread
 from kms_hasher.columns import Column
 from kms_hasher.exceptions import (
+    DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
     KeyNotFound,
     KeyUnusable,
     KMSBadResponse,
+    KMSHasherError,
     MalformedHash,
 )
 from kms_hasher.providers import base
@@ -34,11 +36,14 @@ from kms_hasher.rotation.workers import Outcome, Task, Workers
 #: Rows of each column that are opened where nobody says how many.
 SAMPLE = 1000
 
+ENVELOPE = modes.MODES["envelope"].code
+
 #: Rows read at a time.
 PAGE = 500
 
 #: Errors that come of one stored value or its key; others end the verification.
 _OF_A_ROW = (
+    DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
     KeyNotFound,
@@ -79,13 +84,15 @@ def verify(
     ref = encoding.key_ref(target.key_id)
     for column in columns.columns():
         for group, number in columns.count(column).items():
-            if group.algorithm.startswith(encoding.PREFIX):
-                if group.key_ref == ref:
-                    found.under += number
-                else:
-                    found.others[group.key_ref] += number
+            if not group.is_sealed:
+                continue
+            # What is under data keys is, as these are, and they are counted themselves.
+            if group.key_ref == ref or group.mode == ENVELOPE:
+                found.under += number
+            else:
+                found.others[group.key_ref] += number
     yield found
-    with Workers(options.concurrency, options.rate) as workers:
+    with Workers(options.concurrency, options.rate) as workers, data_keys.held():
         for column in columns.columns():
             tasks = ([_task(row) for row in page] for page in _pages(column, sample))
             for outcomes in workers.map(tasks):
@@ -95,12 +102,20 @@ def verify(
 
 
 def _task(row: tuple[Any, str]) -> tuple[tuple[Any, str], Task]:
-    return row, functools.partial(in_thread(_open), row[1])
+    try:
+        opener = keyring.opener(encoding.parse(row[1]), purpose="verify")
+    except (MalformedHash, DataKeyMissing) as error:
+        return row, functools.partial(in_thread(_fail), error)
+
+    @sensitive_variables()
+    def open_() -> None:
+        opener()
+
+    return row, in_thread(open_)
 
 
-@sensitive_variables()
-def _open(value: str) -> None:
-    keyring.open(encoding.parse(value), purpose="verify")
+def _fail(error: KMSHasherError) -> None:
+    raise error
 
 
 def _take(column: Column, outcomes: list[Outcome], found: Verified) -> None:

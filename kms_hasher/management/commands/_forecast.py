@@ -24,7 +24,7 @@ REENCRYPT_DENIED = "ReEncrypt is denied: check the IAM policy and the policies o
 
 def tell(command: WalkCommand, planned: Plan, options: Options) -> None:
     """Tell what it takes at the present latency. Raises `RotationRefused` if it is denied."""
-    if planned.present is None:
+    if planned.present is None or not planned.rewraps:
         return
     arn = planned.present.key_arn
     latency = estimate.measured_latency(arn)
@@ -72,7 +72,9 @@ def tell(command: WalkCommand, planned: Plan, options: Options) -> None:
 
 
 def key_id(ref: str) -> str:
-    """Return the key id that a ref stands for, or that it is not readable."""
+    """Return the key id that a ref stands for, or that it is not readable, or a data key."""
+    if not ref:
+        return "data keys"
     try:
         return encoding.key_id(ref)
     except MalformedHash:

@@ -5,7 +5,7 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
-from kms_hasher import encoding
+from kms_hasher import data_keys, encoding, modes
 from kms_hasher.exceptions import RotationRefused
 from kms_hasher.management.commands import _forecast as forecast
 from kms_hasher.management.commands._walk import (
@@ -32,6 +32,7 @@ Examples:
   %(prog)s --plan              how long it takes, what it costs, whether it is allowed
   %(prog)s --processes 4       re-wrap by four processes
   %(prog)s --disable-old       verify, and disable the key the alias has left
+  %(prog)s --to-mode envelope  bring what is sealed in other modes into that of the settings
 
 No password is needed, no digest leaves KMS, no session ends. It can be stopped at any
 instant and run again. Exit status: 0 done, 1 refused or failed, 3 done but for bad rows.
@@ -45,6 +46,23 @@ STEERING = {
 NOT_VERIFIED = (
     "{others} rows still need another key, and {bad} could not be opened; no key was disabled "
     "or deleted. Run it again; a row that stays bad needs a new password."
+)
+DATA_KEY_COLUMN = "kms_hasher.DataKey."
+
+WAITING = (
+    "{number:,} passwords cannot be moved without the password: what is stored is a MAC, which "
+    "gives no digest back. Each moves when its user next signs in or sets a password."
+)
+ONE_WAY = (
+    "The mode {mode!r} stores a MAC in the place of the digest. It cannot be left without "
+    "passwords: from then on only users who sign in can be moved to another mode or another "
+    "MAC key, and unwrap_passwords has no effect on the others.\n"
+    "Move {number:,} passwords into it? [y/N] "
+)
+DATA_KEYS = (
+    "{number:,} retired data keys are named by no stored password. Backups made before need "
+    "them: a password in such a backup can be checked only while the data key's row is there.\n"
+    "Delete their rows? [y/N] "
 )
 NOT_LIVE = "No process conducts {run} now; `{command}` goes on with it."
 
@@ -81,6 +99,22 @@ class Command(WalkCommand):
             "--new-material",
             action="store_true",
             help="Rotate the key's material on demand and re-wrap under the same ARN.",
+        )
+        target.add_argument(
+            "--to-mode",
+            choices=modes.MODES,
+            help="Bring what is sealed in other modes into this one, which must be that of the "
+            "settings. Each digest is opened and sealed again: two calls, or one.",
+        )
+        target.add_argument(
+            "--new-data-keys",
+            action="store_true",
+            help="In the mode envelope: seal every password again, under new data keys.",
+        )
+        target.add_argument(
+            "--prune-data-keys",
+            action="store_true",
+            help="Delete the rows of retired data keys that no stored password names.",
         )
         parser.add_argument(
             "--settle",
@@ -137,10 +171,15 @@ class Command(WalkCommand):
             if options[action] is not None:
                 self._steer(action, options[action])
                 return
+        if options["prune_data_keys"]:
+            self._prune_data_keys(options["dry_run"], options["interactive"])
+            return
         planned = plan.make(
             new_key=options["new_key"],
             to=options["to"],
             new_material=options["new_material"],
+            to_mode=options["to_mode"] or "",
+            new_data_keys=options["new_data_keys"],
         )
         days = options["schedule_deletion"]
         self._describe(planned)
@@ -150,12 +189,12 @@ class Command(WalkCommand):
             if options["plan"]:
                 forecast.tell(self, planned, options_of(options))
             return
-        if days and options["interactive"]:
+        if options["interactive"]:
             self._confirm(planned, days)
         rotated = self.walk(
             rotate.rotate(planned, options_of(options), enlist=enlist_of(options))
         )
-        self._summarise(rotated)
+        self._summarise(planned, rotated)
         gives_up = options["disable_old"] or days
         if gives_up or options["verify"] is not False:
             sample = verify.SAMPLE if options["verify"] is False else options["verify"]
@@ -193,6 +232,8 @@ class Command(WalkCommand):
             moves_alias=planned.moves_alias,
             resumes=planned.resumes,
             rows=_rows(planned),
+            mode=planned.mode,
+            waiting=planned.waiting,
         )
         name = planned.alias or "KEY"
         present = planned.present.key_arn if planned.present else "nothing yet"
@@ -215,16 +256,21 @@ class Command(WalkCommand):
         if planned.moves_alias:
             verb = "move" if planned.present else "create"
             would.append(f"{verb} {planned.alias}, to point to {target}")
+        verb = "re-wrap" if planned.rewraps else "open and seal again"
         for place, by_key in _rows(planned).items():
             for key, number in by_key.items():
-                would.append(f"re-wrap {number:,} passwords in {place} from {key} to {target}")
-        would.append(f"make {planned.total:,} calls of ReEncrypt")
+                noun = "data keys" if place.startswith(DATA_KEY_COLUMN) else "passwords"
+                would.append(f"{verb} {number:,} {noun} in {place} from {key} to {target}")
+        if planned.rewraps:
+            would.append(f"make {planned.total:,} calls of ReEncrypt")
         if disable_old or days:
             verb = f"schedule the deletion, in {days} days, of" if days else "disable"
             would += [f"{verb} {key}, if then no row needs it" for key in _old(planned)]
         self.result.update(calls=planned.total, would=would)
         for each in would:
             self.tell(f"Would {each}.")
+        if planned.waiting:
+            self.tell(WAITING.format(number=planned.waiting))
 
     def _verify(self, rotated: Rotated, sample: int | None, options: Options) -> None:
         *_, found = verify.verify(rotated.target, sample=sample, options=options)
@@ -245,19 +291,41 @@ class Command(WalkCommand):
             others = sum(found.others.values())
             raise RotationRefused(NOT_VERIFIED.format(others=others, bad=len(found.bad)))
 
-    def _confirm(self, planned: Plan, days: int) -> None:
-        arns = "\n".join(_old(planned)) or "(none is known yet)"
-        if self.ask(DELETION.format(days=days, arns=arns)).strip().lower() not in ("y", "yes"):
+    def _confirm(self, planned: Plan, days: int | None) -> None:
+        if days:
+            arns = "\n".join(_old(planned)) or "(none is known yet)"
+            self._sure(DELETION.format(days=days, arns=arns))
+        one_way = modes.by_name(planned.mode).core == "mac"
+        if planned.kind == RotationRun.Kind.TO_MODE and one_way and planned.total:
+            self._sure(ONE_WAY.format(mode=planned.mode, number=planned.total))
+
+    def _sure(self, question: str) -> None:
+        if self.ask(question).strip().lower() not in ("y", "yes"):
             raise RotationRefused(NOT_CONFIRMED)
 
-    def _summarise(self, rotated: Rotated) -> None:
+    def _prune_data_keys(self, dry_run: bool, interactive: bool) -> None:
+        numbers = data_keys.unneeded()
+        self.result.update(kind="prune-data-keys", data_keys=len(numbers))
+        if dry_run:
+            self.tell(f"Would delete {len(numbers):,} retired data keys that nothing names.")
+            return
+        if numbers and interactive:
+            self._sure(DATA_KEYS.format(number=len(numbers)))
+        deleted = data_keys.delete(numbers)
+        self.result["deleted"] = deleted
+        self.tell(f"Deleted {deleted:,} retired data keys that no stored password names.")
+
+    def _summarise(self, planned: Plan, rotated: Rotated) -> None:
         done = self.result
         done["key"] = rotated.target.key_arn
+        verb = "Re-wrapped" if planned.rewraps else "Moved"
         self.tell(
-            f"Re-wrapped {done['rewritten']:,} passwords under {rotated.target.key_arn} in "
-            f"{duration(done['seconds'])}: {done['calls']:,} calls of ReEncrypt, "
+            f"{verb} {done['rewritten']:,} stored values under {rotated.target.key_arn} in "
+            f"{duration(done['seconds'])}: {done['calls']:,} calls of KMS, "
             f"{done['overtaken']:,} overtaken, {done['failed']:,} bad."
         )
+        if planned.waiting:
+            self.tell(WAITING.format(number=planned.waiting))
 
     def _give_up(self, planned: Plan, rotated: Rotated, days: int | None) -> None:
         given_up = keys.give_up(rotated.left, rotated.target, alias=planned.alias, days=days)

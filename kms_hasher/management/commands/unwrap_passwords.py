@@ -4,7 +4,6 @@ from typing import Any
 
 from django.core.management.base import CommandParser
 
-from kms_hasher import encoding
 from kms_hasher.exceptions import RotationRefused
 from kms_hasher.management.commands._walk import (
     NOT_CONFIRMED,
@@ -17,8 +16,9 @@ from kms_hasher.rotation import seal
 
 EPILOG = """\
 Before: put Django's Argon2PasswordHasher first in PASSWORD_HASHERS, keep the sealing
-hasher behind it, and restart the site. Exit status: 0 done, 1 refused or failed, 3 done but
-for bad rows.
+hashers behind it, list Django's own of each, and restart the site. Passwords in the modes
+"mac" and "mac_in_direct" cannot be unwrapped: their users set new ones. Exit status: 0 done,
+1 refused or failed, 3 done but for bad rows.
 """
 
 WARNING = (
@@ -29,7 +29,7 @@ PHRASE = "unwrap {number} passwords"
 
 
 class Command(WalkCommand):
-    help = "Turn sealed passwords back into hashes of Django's Argon2 hasher."
+    help = "Turn sealed passwords back into the hashes of Django's hashers that they were."
 
     def add_arguments(self, parser: CommandParser) -> None:
         super().add_arguments(parser)
@@ -43,7 +43,7 @@ class Command(WalkCommand):
 
     def work(self, **options: Any) -> None:
         seal.check_unwrap()
-        number = seal.count(encoding.PREFIX)
+        number = seal.count_sealed()
         self.result.update(kind="unwrap", rows=number)
         if options["dry_run"]:
             self.result["calls"] = number

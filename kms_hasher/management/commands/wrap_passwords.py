@@ -20,9 +20,9 @@ Examples:
   %(prog)s --dry-run     how many there are
   %(prog)s --rate 500    leave the rest of the KMS quota to logins
 
-Sessions that were opened or visited since the app was installed live on. Hashes of other
-hashers, and those that cannot be sealed as they are, are sealed when their user next logs
-in. Exit status: 0 done, 1 refused or failed, 3 done but for bad rows.
+Sessions that were opened or visited since the app was installed live on. Hashes that cannot
+be sealed as they are, are sealed when their user next logs in. Exit status: 0 done, 1 refused
+or failed, 3 done but for bad rows.
 """
 
 QUESTION = (
@@ -32,7 +32,10 @@ QUESTION = (
 
 
 class Command(WalkCommand):
-    help = "Seal the stored hashes of Django's Argon2 hasher in place, without any password."
+    help = (
+        "Seal the stored hashes of Django's hashers in place, without any password: Argon2, "
+        "PBKDF2, scrypt, bcrypt and MD5, each if PASSWORD_HASHERS lists what seals it."
+    )
 
     def add_arguments(self, parser: CommandParser) -> None:
         super().add_arguments(parser)
@@ -48,11 +51,11 @@ class Command(WalkCommand):
     def work(self, **options: Any) -> None:
         for warning in seal.check_wrap():
             self.stderr.write(warning)
-        number, key = seal.count(f"{seal.STOCK}$"), conf.get().key
+        number, key = seal.count_stock(), conf.get().key
         self.result.update(kind="wrap", key=key, rows=number)
         if options["dry_run"]:
             self.result["calls"] = number
-            self.tell(f"Would seal up to {number:,} passwords with {key}, by as many calls.")
+            self.tell(f"Would seal up to {number:,} passwords with {key}.")
             return
         if options["interactive"] and number:
             answer = self.ask(QUESTION.format(number=number, key=key))
@@ -62,6 +65,6 @@ class Command(WalkCommand):
         done = self.result
         self.tell(
             f"Sealed {done['rewritten']:,} passwords in {duration(done['seconds'])}: "
-            f"{done['calls']:,} calls of Encrypt, {done['overtaken']:,} overtaken, "
+            f"{done['calls']:,} calls, {done['overtaken']:,} overtaken, "
             f"{done['failed']:,} bad."
         )
