@@ -57,6 +57,12 @@ class Conf:
     audit: str = "durable"
     #: Whether a call whose event cannot be stored fails.
     audit_strict: bool = False
+    #: Alias, key id or ARN of the HMAC key that seals of the audit are anchored by; may be "".
+    audit_seal_key: str = ""
+    #: The symmetric key of their anchor in CloudTrail; "" for `KEY`.
+    audit_context_key: str = ""
+    #: After how many hours without a seal sealing is overdue; 0 for never.
+    audit_seal_hours: float = 24
     #: Whether a password under an old key is re-wrapped when its user signs in.
     rewrap_on_login: bool = True
     #: Whether sessions and reset links of the stock user model survive re-wrapping.
@@ -157,6 +163,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "DEPLOYMENT": (str,),
     "AUDIT": (str,),
     "AUDIT_STRICT": (bool,),
+    "AUDIT_SEAL_KEY": (str,),
+    "AUDIT_CONTEXT_KEY": (str,),
+    "AUDIT_SEAL_HOURS": (int, float),
     "REWRAP_ON_LOGIN": (bool,),
     "STABLE_SESSIONS": (bool,),
 }
@@ -175,8 +184,13 @@ def _validate(conf: Conf) -> None:
             "KMS_HASHER['KEY'] is missing: give the alias, key id or ARN of the KMS key "
             'that seals passwords, such as "alias/django-passwords".'
         )
-    if not conf.key.startswith("alias/"):
-        _check_key("KEY", conf.key)
+    for setting, key in (
+        ("KEY", conf.key),
+        ("AUDIT_SEAL_KEY", conf.audit_seal_key),
+        ("AUDIT_CONTEXT_KEY", conf.audit_context_key),
+    ):
+        if key and not key.startswith("alias/"):
+            _check_key(setting, key)
     for arn in conf.previous_keys:
         if not str(arn).startswith("arn:") or ":key/" not in arn:
             raise ConfigurationError(
@@ -194,6 +208,8 @@ def _validate(conf: Conf) -> None:
         raise ConfigurationError(
             f"KMS_HASHER['AUDIT'] is {conf.audit!r}: use one of {', '.join(AUDIT_MODES)}."
         )
+    if not 0 <= conf.audit_seal_hours < float("inf"):
+        raise ConfigurationError("KMS_HASHER['AUDIT_SEAL_HOURS'] must be 0 or more hours.")
 
 
 def _validate_mode(conf: Conf) -> None:

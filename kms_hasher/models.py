@@ -365,3 +365,48 @@ class AuditEvent(models.Model):
 
     def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("The audit is append-only: events are never deleted.")
+
+
+class AuditSeal(models.Model):
+    """
+    The seal of a segment of the audit: of all events with ids above `after_id` and up to
+    `last_id`, and of those in `late`.
+
+    See `kms_hasher.audit.seals`. All fields but `leaves` enter the hash that is anchored in
+    KMS or that the next seal carries on.
+    """
+
+    sequence = models.PositiveBigIntegerField(_("sequence"), unique=True)
+    version = models.PositiveSmallIntegerField(
+        _("version"), help_text=_("Which fields of the events are sealed, and how.")
+    )
+    sealed_at = models.DateTimeField(_("sealed at"))
+    after_id = models.BigIntegerField(_("after event"))
+    last_id = models.BigIntegerField(_("up to event"))
+    late = models.TextField(
+        _("late events"), blank=True, help_text=_("Events of older segments, admitted later.")
+    )
+    count = models.PositiveBigIntegerField(_("events"))
+    first_time = models.DateTimeField(_("earliest time"), null=True, blank=True)
+    last_time = models.DateTimeField(_("latest time"), null=True, blank=True)
+    root = models.CharField(_("Merkle root"), max_length=64)
+    leaves_hash = models.CharField(max_length=64, editable=False)
+    previous = models.CharField(_("hash of the seal before"), max_length=64)
+    pruned = models.PositiveBigIntegerField(
+        _("pruned up to"), default=0, help_text=_("When this seal was made.")
+    )
+    pruning = models.CharField(max_length=64, blank=True, editable=False)
+    anchors = models.JSONField(_("anchors"), default=dict)
+    # Nine bytes for each event, which tell what event differs; given up after pruning.
+    leaves = models.BinaryField()
+    # Of the last segment that was pruned alone: all up to it were.
+    pruned_at = models.DateTimeField(_("pruned at"), null=True, blank=True)
+    pruning_anchors = models.JSONField(_("anchors of the pruning"), default=dict, blank=True)
+
+    class Meta:
+        verbose_name = _("seal")
+        verbose_name_plural = _("seals")
+        ordering = ["-sequence"]
+
+    def __str__(self) -> str:
+        return str(self.sequence)
