@@ -5,7 +5,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("kms_hasher", "0003_rotation_runs"),
+        ("kms_hasher", "0004_modes"),
     ]
 
     operations = [

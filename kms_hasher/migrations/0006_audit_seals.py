@@ -3,7 +3,7 @@ from django.db import migrations, models
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("kms_hasher", "0003_rotation_runs"),
+        ("kms_hasher", "0005_audit_hours"),
     ]
 
     operations = [
