@@ -48,6 +48,10 @@ class Conf:
     audit: str = "durable"
     #: Whether a call whose event cannot be stored fails.
     audit_strict: bool = False
+    #: Whether findings are mailed to ADMINS.
+    audit_mail_admins: bool = False
+    #: Decrypts a minute above which there is a finding; 0 for a bound learned from last week.
+    audit_rate_bound: int = 0
     #: Whether a password under an old key is re-wrapped when its user signs in.
     rewrap_on_login: bool = True
     #: Whether sessions and reset links of the stock user model survive re-wrapping.
@@ -133,6 +137,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "DEPLOYMENT": (str,),
     "AUDIT": (str,),
     "AUDIT_STRICT": (bool,),
+    "AUDIT_MAIL_ADMINS": (bool,),
+    "AUDIT_RATE_BOUND": (int,),
     "REWRAP_ON_LOGIN": (bool,),
     "STABLE_SESSIONS": (bool,),
 }
@@ -168,6 +174,11 @@ def _validate(conf: Conf) -> None:
     if conf.audit not in AUDIT_MODES:
         raise ConfigurationError(
             f"KMS_HASHER['AUDIT'] is {conf.audit!r}: use one of {', '.join(AUDIT_MODES)}."
+        )
+    if conf.audit_rate_bound < 0 or isinstance(conf.audit_rate_bound, bool):
+        raise ConfigurationError(
+            "KMS_HASHER['AUDIT_RATE_BOUND'] must be a number of Decrypts a minute, or 0 to "
+            "learn it."
         )
 
 
