@@ -38,6 +38,9 @@ QUIET = datetime.timedelta(days=1)
 #: Seconds after which a process asks again whether a key it uses is retired.
 ASK_AGAIN = 600.0
 
+#: Mails that go at a time; the rest go at the next.
+MAILS = 20
+
 #: What `check` asks, each with the start and the end of the time to look at.
 Check = Callable[[datetime.datetime, datetime.datetime], Iterable[Found]]
 CHECKS: list[Check] = list(detect.CHECKS)
@@ -113,6 +116,8 @@ def mail() -> int:
         before = finding.mailed_at
         if before and (before > now - QUIET or finding.last_seen <= before):
             continue
+        if sent == MAILS:
+            break
         mine = AuditFinding.objects.filter(pk=finding.pk, mailed_at=before)
         if not mine.update(mailed_at=now):
             continue  # another process has just done so

@@ -46,7 +46,7 @@ LEFT = ("Disabled", "PendingDeletion")
 BREAKER = "The circuit breaker of Region {region!r} opened: KMS could not answer."
 TAMPERED = "{number} or more values within a minute were not what they claimed to be."
 RETIRED = "The key {arn} was used, which is no alias's and which no stored password needs."
-RATE = "{number:,} Decrypts in a {unit}, above the bound of {bound:,}."
+RATE = "{number:,} Decrypts within one {unit}, above the bound of {bound:,}."
 
 HOUR, MINUTE = "hour", "minute"
 

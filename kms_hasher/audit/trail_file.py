@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from kms_hasher.exceptions import TrailError
 
@@ -50,7 +50,7 @@ def records(path: Path) -> Iterator[object]:
         raise TrailError(f"{path}: {text}.") from None
 
 
-def _unpacked(raw: io.BufferedReader) -> io.BufferedIOBase:
+def _unpacked(raw: io.BufferedReader) -> io.BufferedReader | gzip.GzipFile:
     compressed = raw.peek(2)[:2] == b"\x1f\x8b"
     return gzip.GzipFile(fileobj=raw) if compressed else raw
 
@@ -68,7 +68,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse)
 class _Text:
     """JSON text, of which no more is in memory than one value and a chunk."""
 
-    def __init__(self, stream: io.TextIOWrapper) -> None:
+    def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._text, self._at = "", 0
 
