@@ -63,6 +63,10 @@ class Conf:
     audit_context_key: str = ""
     #: After how many hours without a seal sealing is overdue; 0 for never.
     audit_seal_hours: float = 24
+    #: Whether findings are mailed to ADMINS.
+    audit_mail_admins: bool = False
+    #: Decrypts a minute above which there is a finding; 0 for a bound learned from last week.
+    audit_rate_bound: int = 0
     #: Whether a password under an old key is re-wrapped when its user signs in.
     rewrap_on_login: bool = True
     #: Whether sessions and reset links of the stock user model survive re-wrapping.
@@ -166,6 +170,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "AUDIT_SEAL_KEY": (str,),
     "AUDIT_CONTEXT_KEY": (str,),
     "AUDIT_SEAL_HOURS": (int, float),
+    "AUDIT_MAIL_ADMINS": (bool,),
+    "AUDIT_RATE_BOUND": (int,),
     "REWRAP_ON_LOGIN": (bool,),
     "STABLE_SESSIONS": (bool,),
 }
@@ -207,6 +213,11 @@ def _validate(conf: Conf) -> None:
     if conf.audit not in AUDIT_MODES:
         raise ConfigurationError(
             f"KMS_HASHER['AUDIT'] is {conf.audit!r}: use one of {', '.join(AUDIT_MODES)}."
+        )
+    if conf.audit_rate_bound < 0 or isinstance(conf.audit_rate_bound, bool):
+        raise ConfigurationError(
+            "KMS_HASHER['AUDIT_RATE_BOUND'] must be a number of Decrypts a minute, or 0 to "
+            "learn it."
         )
     if not 0 <= conf.audit_seal_hours < float("inf"):
         raise ConfigurationError("KMS_HASHER['AUDIT_SEAL_HOURS'] must be 0 or more hours.")

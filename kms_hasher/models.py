@@ -346,6 +346,7 @@ class AuditEvent(models.Model):
         verbose_name = _("event")
         verbose_name_plural = _("events")
         ordering = ["-time", "-pk"]
+        permissions = [("export_auditevent", "Can export events")]
         indexes = [
             models.Index(fields=["time"], name="kms_event_time"),
             models.Index(fields=["key_ref", "time", "outcome"], name="kms_event_key"),
@@ -410,3 +411,131 @@ class AuditSeal(models.Model):
 
     def __str__(self) -> str:
         return str(self.sequence)
+
+
+class AuditFinding(models.Model):
+    """Something about the audit that a person should look at."""
+
+    class Kind(models.TextChoices):
+        UNKNOWN_CALL = "unknown-call", _("call this application never made")
+        UNKNOWN_CHANGE = "unknown-change", _("change of a key this application never made")
+        NOT_IN_TRAIL = "not-in-trail", _("events that CloudTrail lacks")
+        RATE = "rate", _("more decrypts than usual")
+        RETIRED_KEY = "retired-key", _("use of a retired key")
+        TAMPERED = "tampered", _("burst of tampered values")
+        BREAKER = "breaker", _("circuit breaker opened")
+        SEALING_OVERDUE = "sealing-overdue", _("sealing overdue")
+
+    class Severity(models.TextChoices):
+        WARNING = "warning", _("warning")
+        CRITICAL = "critical", _("critical")
+
+    kind = models.CharField(_("kind"), max_length=32, choices=Kind.choices)
+    severity = models.CharField(_("severity"), max_length=16, choices=Severity.choices)
+    dedup_key = models.CharField(
+        max_length=64, unique=True, editable=False, help_text=_("The same for the same thing.")
+    )
+    subject = models.TextField(_("subject"))
+    key_ref = models.CharField(_("key ref"), max_length=30, blank=True)
+    first_seen = models.DateTimeField(_("first seen"))
+    last_seen = models.DateTimeField(_("last seen"))
+    count = models.BigIntegerField(_("count"), default=1)
+    details = models.JSONField(_("details"), default=dict, blank=True)
+    acknowledged_at = models.DateTimeField(_("acknowledged at"), null=True, blank=True)
+    acknowledged_by = models.CharField(_("acknowledged by"), max_length=255, blank=True)
+    resolved_at = models.DateTimeField(
+        _("resolved at"),
+        null=True,
+        blank=True,
+        help_text=_("When it was explained by what came later."),
+    )
+    alarmed_at = models.DateTimeField(null=True, blank=True, editable=False)
+    mailed_at = models.DateTimeField(null=True, blank=True, editable=False)
+
+    class Meta:
+        verbose_name = _("finding")
+        verbose_name_plural = _("findings")
+        ordering = ["-last_seen", "-pk"]
+        indexes = [models.Index(fields=["last_seen"], name="kms_finding_time")]
+        permissions = [("acknowledge_auditfinding", "Can acknowledge findings")]
+
+    def __str__(self) -> str:
+        return f"{self.get_kind_display()}: {self.subject}"
+
+    @property
+    def is_open(self) -> bool:
+        return self.acknowledged_at is None and self.resolved_at is None
+
+
+class AuditEvidence(models.Model):
+    """One call or event that a finding stands on; a call stands for one finding only."""
+
+    finding = models.ForeignKey(
+        AuditFinding,
+        on_delete=models.CASCADE,
+        related_name="evidence",
+        verbose_name=_("finding"),
+    )
+    reference = models.CharField(
+        _("reference"),
+        max_length=255,
+        unique=True,
+        help_text=_("CloudTrail's eventID, or the number of an event here."),
+    )
+    time = models.DateTimeField(_("time"))
+    operation = models.CharField(_("operation"), max_length=64)
+    request_id = models.CharField(_("request id"), max_length=320, blank=True)
+    error_code = models.CharField(_("error code"), max_length=320, blank=True)
+    sub = models.CharField(_("stored password"), max_length=64, blank=True)
+    caller = models.CharField(_("caller"), max_length=320, blank=True)
+    source_ip = models.CharField(_("source address"), max_length=320, blank=True)
+    user_agent = models.CharField(_("user agent"), max_length=320, blank=True)
+    holder = models.TextField(  # noqa: DJ001  # NULL until somebody has looked
+        _("account"),
+        null=True,
+        blank=True,
+        help_text=_("Whose stored password it is: column and primary key. Empty if nobody's."),
+    )
+    explained_at = models.DateTimeField(_("explained at"), null=True, blank=True)
+
+    class Meta:
+        verbose_name = _("evidence")
+        verbose_name_plural = _("evidence")
+        ordering = ["time", "pk"]
+        indexes = [models.Index(fields=["sub"], name="kms_evidence_sub")]
+
+    def __str__(self) -> str:
+        return self.reference
+
+
+class TrailFile(models.Model):
+    """A file of CloudTrail that need not be read again."""
+
+    digest = models.CharField(
+        max_length=64, unique=True, editable=False, help_text=_("SHA-256 of its path.")
+    )
+    path = models.TextField(_("path"))
+    size = models.BigIntegerField(_("size"))
+    modified = models.BigIntegerField(_("modified, in ns"))
+
+    class Meta:
+        verbose_name = _("CloudTrail file")
+        verbose_name_plural = _("CloudTrail files")
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class TrailMark(models.Model):
+    """Up to when the events of a Region have been looked for in CloudTrail."""
+
+    region = models.CharField(_("Region"), max_length=64, unique=True)
+    until = models.DateTimeField(_("until"))
+    updated_at = models.DateTimeField(_("updated at"), auto_now=True)
+
+    class Meta:
+        verbose_name = _("CloudTrail mark")
+        verbose_name_plural = _("CloudTrail marks")
+
+    def __str__(self) -> str:
+        return f"{self.region} {self.until:%Y-%m-%d %H:%M}"

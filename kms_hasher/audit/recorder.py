@@ -40,7 +40,7 @@ from django.core.signals import request_finished
 from django.db import connections, router, transaction
 
 from kms_hasher import conf, encoding, history, signals
-from kms_hasher.audit import store, writer
+from kms_hasher.audit import store, telemetry, writer
 from kms_hasher.exceptions import AuditError, MalformedHash
 from kms_hasher.models import AuditEvent, Key
 from kms_hasher.signals import Event
@@ -147,7 +147,8 @@ def _fields(event: Event) -> dict[str, Any]:
         "request_ids": list(event.request_ids),
         "sub": event.sub,
     }
-    return {name: value for name, value in fields.items() if value not in ("", [])}
+    told = {name: value for name, value in fields.items() if value not in ("", [])}
+    return {**told, **telemetry.attributes(event)}
 
 
 def _log(event: Event) -> None:
@@ -155,7 +156,8 @@ def _log(event: Event) -> None:
     if lines.isEnabledFor(level):
         fields = _fields(event)
         with contextlib.suppress(Exception):  # a broken log handler stops no login
-            lines.log(level, "%s", _json(fields), extra={"kms": fields})
+            extra = {"kms": fields, **telemetry.attributes(event)}
+            lines.log(level, "%s", _json(fields), extra=extra)
 
 
 def _json(fields: dict[str, Any]) -> str:

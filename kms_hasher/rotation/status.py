@@ -153,6 +153,8 @@ def _look_at_key(status: Status, key: base.Key, permissions: bool) -> None:
 def _try_permissions(status: Status, arn: str) -> None:
     kms = keyring.kms("status")
     context = {"application": "kms_hasher", "use": "status"}
+    if deployment := conf.get().deployment:
+        context["deployment"] = deployment
     probe, blob = os.urandom(32), b""
 
     def attempt(operation: str, call: Callable[[], object]) -> None:

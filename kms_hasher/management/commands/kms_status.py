@@ -6,6 +6,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.serializers.json import DjangoJSONEncoder
 
+from kms_hasher import policies
 from kms_hasher.audit import seals, segments
 from kms_hasher.exceptions import KMSHasherError
 from kms_hasher.management.commands._walk import duration
@@ -32,9 +33,27 @@ class Command(BaseCommand):
         parser.add_argument(
             "--json", action="store_true", help="Write one JSON object instead of text."
         )
+        parser.add_argument(
+            "--policy",
+            choices=policies.ROLES,
+            metavar="ROLE",
+            help="Only write the IAM policy and the statements for the key policy that a part "
+            f"of the site needs, as JSON: {', '.join(policies.ROLES)}.",
+        )
+        parser.add_argument(
+            "--principal",
+            default="",
+            metavar="ARN",
+            help="The IAM role that the key policy is to name (default: django-ROLE in the "
+            "key's account).",
+        )
 
     def handle(self, **options: Any) -> None:
         try:
+            if options["policy"]:
+                policy = policies.policy(options["policy"], options["principal"])
+                self.stdout.write(json.dumps(policy, indent=2))
+                return
             found = status.look(permissions=options["permissions"])
         except KMSHasherError as error:
             if options["json"]:
