@@ -16,14 +16,19 @@ from django.contrib.admin.views.main import ChangeList
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest
 from django.utils import formats, timezone
+from django.utils.dateparse import parse_datetime
 from django.utils.translation import gettext
 
-from kms_hasher.admin.base import number
+from kms_hasher.admin import user_events
+from kms_hasher.admin.base import number, time
 from kms_hasher.audit import rollups
 from kms_hasher.models import AuditEvent
 
 #: Parameters of an address: the page of the events before or after one.
 BEFORE, AFTER = "before", "after"
+
+#: The user whose events they are said to be: the parameter is left out of all links.
+OF = "of"
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
@@ -58,13 +63,17 @@ class EventList(ChangeList):
 
     before: Position | None = None
     after: Position | None = None
+    owner: user_events.Owner | None = None
 
     def get_queryset(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
         # No link shall take a position along to where it means nothing.
-        texts = [self.params.pop(name, "") for name in (BEFORE, AFTER)]
-        for name in (BEFORE, AFTER):
+        before, after, of = (self.params.pop(name, "") for name in _OWN)
+        for name in _OWN:
             self.filter_params.pop(name, None)
-        self.before, self.after = (Position.parse(text) for text in texts)
+        self.before, self.after = Position.parse(before), Position.parse(after)
+        if of:
+            site = self.model_admin.admin_site
+            self.owner = user_events.owner(site, request, of, self.query)
         return super().get_queryset(request, *args, **kwargs)
 
     def get_results(self, request: HttpRequest) -> None:
@@ -103,7 +112,7 @@ class EventList(ChangeList):
         if period := self._period():
             count = rollups.totals(*period, latency=False, **names).count
             text = gettext("About %(number)s events in this period.")
-        elif not names:
+        elif not self.params:
             # Rows are only added at the end, and removed at the beginning.
             count = self.last[1] - self.first[1] + 1
             text = gettext("About %(number)s events in all.")
@@ -112,7 +121,11 @@ class EventList(ChangeList):
         return text % {"number": number(count)}
 
     def _period(self) -> tuple[datetime.datetime, datetime.datetime] | None:
-        """Return the ends of the day or month that is chosen."""
+        """Return the ends of the span, day or month that is chosen."""
+        if _SPAN[0] in self.params:
+            ends = (parse_datetime(self.params.get(name, "")) for name in _SPAN)
+            since, until = ((at if _fits(at) else None) for at in ends)
+            return (since, until or timezone.now()) if since else None
         parts = [int(self.params[name]) for name in _PARAMETERS if name in self.params]
         if len(parts) < 2:
             return None
@@ -123,6 +136,20 @@ class EventList(ChangeList):
         if _uses_zones():
             return timezone.make_aware(since), timezone.make_aware(until)
         return since, until
+
+    @property
+    def span(self) -> str:
+        """Return the span of time that a link from elsewhere has chosen, in words."""
+        if not any(name in self.params for name in _SPAN):
+            return ""
+        since, until = (parse_datetime(self.params.get(name, "")) for name in _SPAN)
+        if since and until:
+            text = gettext("From %(since)s to %(until)s")
+        elif since:
+            text = gettext("Since %(since)s")
+        else:
+            text = gettext("Before %(until)s")
+        return text % {"since": time(since), "until": time(until)}
 
     @property
     def dates(self) -> dict[str, Any]:
@@ -165,11 +192,17 @@ class EventList(ChangeList):
         return str(self.get_query_string(filters, ["time__"]))
 
 
+_OWN = (BEFORE, AFTER, OF)
+_SPAN = ("time__gte", "time__lt")
 _PARAMETERS = ("time__year", "time__month", "time__day")
 
 
 def _uses_zones() -> bool:
     return bool(settings.USE_TZ)
+
+
+def _fits(at: datetime.datetime | None) -> bool:
+    return at is not None and timezone.is_aware(at) == _uses_zones()
 
 
 def _day(date: datetime.date) -> str:
