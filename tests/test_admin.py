@@ -26,7 +26,15 @@ from kms_hasher.admin import event_list
 from kms_hasher.admin import events as events_admin
 from kms_hasher.admin.base import NONE, ON_PAGE
 from kms_hasher.audit import store
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun, RotationShard
+from kms_hasher.models import (
+    AliasPeriod,
+    AuditEvent,
+    AuditFinding,
+    AuditSeal,
+    Key,
+    RotationRun,
+    RotationShard,
+)
 from kms_hasher.rotation import runs, shards
 from tests import test_audit
 
@@ -34,7 +42,7 @@ pytestmark = pytest.mark.django_db
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/{}"
 EVENTS = "/admin/kms_hasher/auditevent/"
-MODELS = (Key, AliasPeriod, RotationRun, AuditEvent)
+MODELS = (Key, AliasPeriod, RotationRun, AuditEvent, AuditSeal, AuditFinding)
 
 
 def make_arn(number: int) -> str:
@@ -69,6 +77,34 @@ def make_shard(run: RotationRun, number: int = 1, **changes: Any) -> RotationSha
     return RotationShard.objects.create(run=run, number=number, **{**values, **changes})
 
 
+def make_finding(**changes: Any) -> AuditFinding:
+    now = timezone.now()
+    values = {
+        "kind": AuditFinding.Kind.UNKNOWN_CALL,
+        "severity": "warning",
+        "dedup_key": uuid.uuid4().hex,
+        "subject": "Decrypt by nobody here",
+        "first_seen": now,
+        "last_seen": now,
+    }
+    return AuditFinding.objects.create(**{**values, **changes})
+
+
+def make_seal(**changes: Any) -> AuditSeal:
+    values = {
+        "sequence": AuditSeal.objects.count() + 1,
+        "version": 1,
+        "sealed_at": timezone.now(),
+        "after_id": 0,
+        "last_id": 0,
+        "count": 1,
+        "root": uuid.uuid4().hex * 2,
+        "previous": uuid.uuid4().hex * 2,
+        "leaves": b"",
+    }
+    return AuditSeal.objects.create(**{**values, **changes})
+
+
 def populate(number: int) -> None:
     for at in range(number):
         key = make_key(at)
@@ -77,6 +113,8 @@ def populate(number: int) -> None:
         make_shard(run, failed=1, bad=[["1", "bad"]])
         make_event(key_ref=key.ref)
         make_event(key_ref=make_key(0).ref, outcome=signals.DENIED)
+        make_finding()
+        make_seal()
 
 
 def list_url(model: type[Any]) -> str:
@@ -91,13 +129,6 @@ def listed(client: Client, query: str = "") -> set[int]:
     response = client.get(EVENTS + query)
     assert response.status_code == 200
     return {row.pk for row in response.context["cl"].result_list}
-
-
-@pytest.fixture
-def staff(client: Client, django_user_model: type[User]) -> User:
-    user = django_user_model.objects.create(username="staff", is_staff=True, password="!")
-    client.force_login(user)
-    return user
 
 
 @pytest.fixture
@@ -182,7 +213,8 @@ def test_the_number_of_queries_does_not_grow(admin: Client) -> None:
 
 def test_no_page_breaks_a_strict_content_security_policy(admin_client: Client) -> None:
     populate(2)
-    urls = [*map(list_url, MODELS), *(page_url(model.objects.first()) for model in MODELS)]
+    urls = [f"{EVENTS}dashboard/", *map(list_url, MODELS)]
+    urls += [page_url(model.objects.first()) for model in MODELS]
     for url in urls:
         html = admin_client.get(url).content.decode()
         assert "kms_hasher/admin.css" in html

@@ -44,7 +44,8 @@ def fill(seed: int = 1) -> None:
     ]
     history.record_alias("alias/passwords", keys[1], now, moved=True)
     moments = [now - 19 * 24 * HOUR, now - 5 * HOUR]
-    for moment, kind in zip(moments, (RotationRun.Kind.NEW_KEY, RotationRun.Kind.REWRAP)):
+    kinds = (RotationRun.Kind.NEW_KEY, RotationRun.Kind.REWRAP)
+    for moment, kind in zip(moments, kinds, strict=True):
         RotationRun.objects.create(
             kind=kind,
             state=RotationRun.State.FINISHED,
