@@ -40,7 +40,7 @@ class Position(NamedTuple):
         if not (match := re.fullmatch(r"(\d{1,17})-(\d{1,18})", text)):
             return None
         time = _EPOCH + datetime.timedelta(microseconds=int(match[1]))
-        return cls(time if _uses_zones() else timezone.make_naive(time), int(match[2]))
+        return cls(time if settings.USE_TZ else timezone.make_naive(time), int(match[2]))
 
     def __str__(self) -> str:
         time = self.time if timezone.is_aware(self.time) else timezone.make_aware(self.time)
@@ -100,27 +100,36 @@ class EventList(ChangeList):
         if self.query or not (self.first and self.last):
             return ""
         names = {name: self.params[name] for name in rollups.GROUPS if name in self.params}
-        if period := self._period():
-            count = rollups.totals(*period, latency=False, **names).count
-            text = gettext("About %(number)s events in this period.")
-        elif not names:
+        period = self._period()
+        if not names:
             # Rows are only added at the end, and removed at the beginning.
-            count = self.last[1] - self.first[1] + 1
-            text = gettext("About %(number)s events in all.")
+            first, last = self.first, self.last
+            if period:
+                inside = AuditEvent.objects.filter(time__gte=period[0], time__lt=period[1])
+                ends = inside.order_by("time", "pk").values_list("time", "pk")
+                first, last = ends.first(), ends.last()
+            count = last[1] - first[1] + 1 if first and last else 0
+        elif period:
+            count = rollups.totals(*period, latency=False, **names).count
         else:
             return ""
+        text = gettext("About %(number)s events in all.")
+        if period:
+            text = gettext("About %(number)s events in this period.")
         return text % {"number": number(count)}
 
     def _period(self) -> tuple[datetime.datetime, datetime.datetime] | None:
-        """Return the ends of the day or month that is chosen."""
-        parts = [int(self.params[name]) for name in _PARAMETERS if name in self.params]
-        if len(parts) < 2:
+        """Return the ends of the year, month or day that is chosen."""
+        year, month, day = (self.params.get(name) for name in _PARAMETERS)
+        if not year:
             return None
-        since = datetime.datetime(parts[0], parts[1], parts[2] if len(parts) > 2 else 1)
-        until = since + datetime.timedelta(days=1 if len(parts) > 2 else 32)
-        if len(parts) == 2:
-            until = until.replace(day=1)
-        if _uses_zones():
+        since = datetime.datetime(int(year), int(month or 1), int(day or 1))
+        until = since.replace(year=since.year + 1)
+        if day:
+            until = since + datetime.timedelta(days=1)
+        elif month:
+            until = (since + datetime.timedelta(days=32)).replace(day=1)
+        if settings.USE_TZ:
             return timezone.make_aware(since), timezone.make_aware(until)
         return since, until
 
@@ -166,10 +175,6 @@ class EventList(ChangeList):
 
 
 _PARAMETERS = ("time__year", "time__month", "time__day")
-
-
-def _uses_zones() -> bool:
-    return bool(settings.USE_TZ)
 
 
 def _day(date: datetime.date) -> str:
