@@ -87,8 +87,7 @@ class EventList(ChangeList):
         self.show_full_result_count = self.can_show_all = self.multi_page = False
         self.show_admin_actions = False
         self.paginator = self.model_admin.get_paginator(request, queryset, size)
-        ends = AuditEvent.objects.order_by("time", "pk").values_list("time", "pk")
-        self.first, self.last = ends.first(), ends.last()
+        self.first, self.last = _ends(AuditEvent.objects.all())
 
     def _page(self, name: str = "", event: AuditEvent | None = None) -> str:
         position = {name: str(Position(event.time, event.pk))} if event else {}
@@ -106,9 +105,8 @@ class EventList(ChangeList):
             first, last = self.first, self.last
             if period:
                 inside = AuditEvent.objects.filter(time__gte=period[0], time__lt=period[1])
-                ends = inside.order_by("time", "pk").values_list("time", "pk")
-                first, last = ends.first(), ends.last()
-            count = last[1] - first[1] + 1 if first and last else 0
+                first, last = _ends(inside)
+            count = last.pk - first.pk + 1 if first and last else 0
         elif period:
             count = rollups.totals(*period, latency=False, **names).count
         else:
@@ -164,7 +162,7 @@ class EventList(ChangeList):
             return []
         first, last = (
             (timezone.localtime(at) if timezone.is_aware(at) else at).date()
-            for at in (self.first[0], self.last[0])
+            for at in (self.first.time, self.last.time)
         )
         number_of_days = (last - first).days + 1
         return [first + datetime.timedelta(days=number) for number in range(number_of_days)]
@@ -172,6 +170,13 @@ class EventList(ChangeList):
     def _link(self, **parts: Any) -> str:
         filters = {f"time__{name}": value for name, value in parts.items()}
         return str(self.get_query_string(filters, ["time__"]))
+
+
+def _ends(events: QuerySet[AuditEvent]) -> tuple[Position | None, Position | None]:
+    """Return where the first and the last of the events stand."""
+    found = events.order_by("time", "pk").values_list("time", "pk")
+    first, last = found.first(), found.last()
+    return first and Position(*first), last and Position(*last)
 
 
 _PARAMETERS = ("time__year", "time__month", "time__day")
