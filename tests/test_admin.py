@@ -853,6 +853,7 @@ def test_dates_of_a_few_days_and_of_many_months(admin: Client) -> None:
         "q=%00",
         "before=x",
         "time__month=1&time__day=40",
+        "time__year=2028&time__month=2&time__day=29",
         "after=1-1&time__day=3",
     ],
 )

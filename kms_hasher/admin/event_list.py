@@ -102,10 +102,10 @@ class EventList(ChangeList):
         period = self._period()
         if not names:
             # Rows are only added at the end, and removed at the beginning.
-            first, last = self.first, self.last
+            events = AuditEvent.objects.all()
             if period:
-                inside = AuditEvent.objects.filter(time__gte=period[0], time__lt=period[1])
-                first, last = _ends(inside)
+                events = events.filter(time__gte=period[0], time__lt=period[1])
+            first, last = _ends(events) if period else (self.first, self.last)
             count = last.pk - first.pk + 1 if first and last else 0
         elif period:
             count = rollups.totals(*period, latency=False, **names).count
@@ -122,11 +122,12 @@ class EventList(ChangeList):
         if not year:
             return None
         since = datetime.datetime(int(year), int(month or 1), int(day or 1))
-        until = since.replace(year=since.year + 1)
         if day:
             until = since + datetime.timedelta(days=1)
         elif month:
             until = (since + datetime.timedelta(days=32)).replace(day=1)
+        else:
+            until = since.replace(year=since.year + 1)
         if settings.USE_TZ:
             return timezone.make_aware(since), timezone.make_aware(until)
         return since, until
