@@ -42,16 +42,12 @@ class Migration(migrations.Migration):
         ),
         migrations.RemoveIndex(
             model_name="auditevent",
-            name="kms_event_key",
-        ),
-        migrations.AddIndex(
-            model_name="auditevent",
-            index=models.Index(fields=["key_ref", "time"], name="kms_event_key_time"),
+            name="kms_event_outcome",
         ),
         migrations.AddIndex(
             model_name="auditevent",
             index=models.Index(
-                fields=["key_ref", "outcome", "time"], name="kms_event_key_outcome"
+                fields=["outcome", "time", "key_ref"], name="kms_event_outcome_key"
             ),
         ),
         migrations.AddConstraint(
