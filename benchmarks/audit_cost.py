@@ -9,7 +9,7 @@ path     What reporting one event takes from a login, as a ratio to stock Django
          verify in the same run. "buffered" reports back to back, so that the writer's thread
          is at work beside it, as it hardly ever is at a login.
 flush    Events a second that get into the database, roll-ups included: by the writer alone,
-         and from `emit` to the commit of the last.
+         and from `emit` to the commit of the last. Then, those that are pruned.
 slots    32 processes that commit one event at a time, all in the same hour: without a
          roll-up, with one row for all, with as many as we use, and with one for each.
 """
@@ -43,7 +43,7 @@ from django.utils import timezone
 
 from benchmarks import stub
 from kms_hasher import signals
-from kms_hasher.audit import recorder, store
+from kms_hasher.audit import recorder, retention, store
 from kms_hasher.models import AuditEvent
 
 WRITERS = 32
@@ -112,6 +112,11 @@ def flush(n: int) -> None:
     taken = time.perf_counter() - started
     assert AuditEvent.objects.count() - before == n
     print(f"from emit to the last commit       {n / taken:12,.0f}", flush=True)
+    gone = 0
+    started = time.perf_counter()
+    for number in retention.prune(timezone.now()):
+        gone += number
+    print(f"pruned                             {gone / (time.perf_counter() - started):12,.0f}")
 
 
 def write_for(seconds: float, barrier: Any, done: Any) -> None:

@@ -350,7 +350,7 @@ class AuditEvent(models.Model):
         indexes = [
             models.Index(fields=["time"], name="kms_event_time"),
             models.Index(fields=["key_ref", "time", "outcome"], name="kms_event_key"),
-            models.Index(fields=["outcome", "time"], name="kms_event_outcome"),
+            models.Index(fields=["outcome", "time", "key_ref"], name="kms_event_outcome_key"),
             models.Index(fields=["operation", "time"], name="kms_event_operation"),
             models.Index(fields=["purpose", "time"], name="kms_event_purpose"),
             models.Index(fields=["sub"], name="kms_event_sub"),

@@ -840,10 +840,12 @@ def test_how_many_there_are_comes_from_the_rollups(admin: Client) -> None:
     store.write([test_audit.event(time=now, sub="a", outcome=o) for o in ("success", "denied")])
     month = f"time__year={now.year}&time__month={now.month}"
     assert "About 2 events in all." in admin.get(EVENTS).content.decode()
-    for query, number in ((month, 2), (f"{month}&time__day={now.day}", 2)):
+    year = f"time__year={now.year}"
+    for query, number in ((year, 2), (month, 2), (f"{month}&time__day={now.day}", 2)):
         assert (
             f"About {number} events in this" in admin.get(f"{EVENTS}?{query}").content.decode()
         )
+    assert "About 0 events" in admin.get(f"{EVENTS}?time__year=2020").content.decode()
     html = admin.get(f"{EVENTS}?{month}&outcome=denied").content.decode()
     assert "About 1 events in this" in html
     assert "About" not in admin.get(f"{EVENTS}?outcome=denied").content.decode()
@@ -875,7 +877,17 @@ def test_dates_of_a_few_days_and_of_many_months(admin: Client) -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["time__year=x", "time__year=2026&time__month=13", "p=999", "p=x", "q=%00", "before=x"],
+    [
+        "time__year=x",
+        "time__year=2026&time__month=13",
+        "p=999",
+        "p=x",
+        "q=%00",
+        "before=x",
+        "time__month=1&time__day=40",
+        "time__year=2028&time__month=2&time__day=29",
+        "after=1-1&time__day=3",
+    ],
 )
 def test_nonsense_in_the_address(query: str, admin: Client) -> None:
     make_event()

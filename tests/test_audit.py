@@ -873,11 +873,13 @@ def test_threads_and_loops_leave_no_connection_behind(site: str) -> None:
     )
 
 
-def test_a_child_of_multiprocessing_writes_its_events_before_it_ends(site: str) -> None:
-    # Which ends without atexit.
+@pytest.mark.parametrize("module", ["multiprocessing", "billiard"])
+def test_a_child_that_ends_without_atexit_writes_its_events(module: str, site: str) -> None:
+    # billiard's are Celery's.
     run(
         """
-        import multiprocessing
+        import importlib
+        multiprocessing = importlib.import_module(os.environ["MODULE"])
         def work(number):
             with contextlib.suppress(RuntimeError), transaction.atomic():
                 emit(f"child-{number}")
@@ -890,6 +892,7 @@ def test_a_child_of_multiprocessing_writes_its_events_before_it_ends(site: str) 
         for child in children: child.join()
         """,
         site,
+        MODULE=module,
     )
     assert recorded(site) == ["child-0", "child-1", "parent"]
 

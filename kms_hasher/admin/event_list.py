@@ -45,7 +45,7 @@ class Position(NamedTuple):
         if not (match := re.fullmatch(r"(\d{1,17})-(\d{1,18})", text)):
             return None
         time = _EPOCH + datetime.timedelta(microseconds=int(match[1]))
-        return cls(time if _uses_zones() else timezone.make_naive(time), int(match[2]))
+        return cls(time if settings.USE_TZ else timezone.make_naive(time), int(match[2]))
 
     def __str__(self) -> str:
         time = self.time if timezone.is_aware(self.time) else timezone.make_aware(self.time)
@@ -96,8 +96,7 @@ class EventList(ChangeList):
         self.show_full_result_count = self.can_show_all = self.multi_page = False
         self.show_admin_actions = False
         self.paginator = self.model_admin.get_paginator(request, queryset, size)
-        ends = AuditEvent.objects.order_by("time", "pk").values_list("time", "pk")
-        self.first, self.last = ends.first(), ends.last()
+        self.first, self.last = _ends(AuditEvent.objects.all())
 
     def _page(self, name: str = "", event: AuditEvent | None = None) -> str:
         position = {name: str(Position(event.time, event.pk))} if event else {}
@@ -109,31 +108,40 @@ class EventList(ChangeList):
         if self.query or not (self.first and self.last):
             return ""
         names = {name: self.params[name] for name in rollups.GROUPS if name in self.params}
-        if period := self._period():
-            count = rollups.totals(*period, latency=False, **names).count
-            text = gettext("About %(number)s events in this period.")
-        elif not self.params:
-            # Rows are only added at the end, and removed at the beginning.
-            count = self.last[1] - self.first[1] + 1
-            text = gettext("About %(number)s events in all.")
-        else:
+        period = self._period()
+        if self.params and not period:
             return ""
+        if names and period:
+            count = rollups.totals(*period, latency=False, **names).count
+        else:
+            # Rows are only added at the end, and removed at the beginning.
+            events = AuditEvent.objects.all()
+            if period:
+                events = events.filter(time__gte=period[0], time__lt=period[1])
+            first, last = _ends(events) if period else (self.first, self.last)
+            count = last.pk - first.pk + 1 if first and last else 0
+        text = gettext("About %(number)s events in all.")
+        if period:
+            text = gettext("About %(number)s events in this period.")
         return text % {"number": number(count)}
 
     def _period(self) -> tuple[datetime.datetime, datetime.datetime] | None:
-        """Return the ends of the span, day or month that is chosen."""
+        """Return the ends of the span, year, month or day that is chosen."""
         if _SPAN[0] in self.params:
             ends = (parse_datetime(self.params.get(name, "")) for name in _SPAN)
             since, until = ((at if _fits(at) else None) for at in ends)
             return (since, until or timezone.now()) if since else None
-        parts = [int(self.params[name]) for name in _PARAMETERS if name in self.params]
-        if len(parts) < 2:
+        year, month, day = (self.params.get(name) for name in _PARAMETERS)
+        if not year:
             return None
-        since = datetime.datetime(parts[0], parts[1], parts[2] if len(parts) > 2 else 1)
-        until = since + datetime.timedelta(days=1 if len(parts) > 2 else 32)
-        if len(parts) == 2:
-            until = until.replace(day=1)
-        if _uses_zones():
+        since = datetime.datetime(int(year), int(month or 1), int(day or 1))
+        if day:
+            until = since + datetime.timedelta(days=1)
+        elif month:
+            until = (since + datetime.timedelta(days=32)).replace(day=1)
+        else:
+            until = since.replace(year=since.year + 1)
+        if settings.USE_TZ:
             return timezone.make_aware(since), timezone.make_aware(until)
         return since, until
 
@@ -182,7 +190,7 @@ class EventList(ChangeList):
             return []
         first, last = (
             (timezone.localtime(at) if timezone.is_aware(at) else at).date()
-            for at in (self.first[0], self.last[0])
+            for at in (self.first.time, self.last.time)
         )
         number_of_days = (last - first).days + 1
         return [first + datetime.timedelta(days=number) for number in range(number_of_days)]
@@ -197,12 +205,15 @@ _SPAN = ("time__gte", "time__lt")
 _PARAMETERS = ("time__year", "time__month", "time__day")
 
 
-def _uses_zones() -> bool:
-    return bool(settings.USE_TZ)
-
-
 def _fits(at: datetime.datetime | None) -> bool:
-    return at is not None and timezone.is_aware(at) == _uses_zones()
+    return at is not None and timezone.is_aware(at) == bool(settings.USE_TZ)
+
+
+def _ends(events: QuerySet[AuditEvent]) -> tuple[Position | None, Position | None]:
+    """Return where the first and the last of the events stand."""
+    found = events.order_by("time", "pk").values_list("time", "pk")
+    first, last = found.first(), found.last()
+    return first and Position(*first), last and Position(*last)
 
 
 def _day(date: datetime.date) -> str:

@@ -23,7 +23,7 @@ from django.dispatch import Signal
 from django.utils import timezone
 
 from kms_hasher import conf, signals
-from kms_hasher.audit import detect, findings, site, writer
+from kms_hasher.audit import detect, findings, places, site, writer
 from kms_hasher.audit.findings import Found, Severity
 from kms_hasher.models import AuditFinding
 from kms_hasher.signals import Event
@@ -170,17 +170,17 @@ def watch(events: Sequence[Event], **kwargs: Any) -> None:
     if not telling or mode == "off":
         return
     try:
-        place = writer.place(mode, AuditFinding)
-        if place == writer.THREAD:
+        place = places.place(mode, AuditFinding)
+        if place in (places.THREAD, places.HELD):
             writer.submit(_store, telling).add_done_callback(
                 lambda done: _complain(problem) if (problem := done.exception()) else None
             )
-        elif place == writer.HERE:
+        elif place == places.HERE:
             # Keys are left to `check`: no login pays for that on its own connection. So is
             # all that comes while nothing can be written.
             failed = [event for event in telling if event.outcome != signals.SUCCESS]
             if failed:
-                writer.write_here(AuditFinding, _store, failed)
+                places.write_here(AuditFinding, _store, failed)
     except Exception as error:  # noqa: BLE001
         _complain(error)
 

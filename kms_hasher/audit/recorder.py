@@ -1,7 +1,7 @@
 """
 One log line and one row for each `kms_event`, and the key history that follows from them.
 
-Where a row is written depends on `AUDIT` and on the database (see `writer.place`):
+Where a row is written depends on `AUDIT` and on the database (see `places.place`):
 
 durable  On PostgreSQL, MySQL and the like by one background thread per process, on a
          connection of its own: a request that rolls back takes no event with it. The caller
@@ -40,7 +40,7 @@ from django.core.signals import request_finished
 from django.db import connections, router, transaction
 
 from kms_hasher import conf, encoding, history, signals
-from kms_hasher.audit import store, telemetry, writer
+from kms_hasher.audit import places, store, telemetry, writer
 from kms_hasher.exceptions import AuditError, MalformedHash
 from kms_hasher.models import AuditEvent, Key
 from kms_hasher.signals import Event
@@ -69,17 +69,17 @@ def receive(events: Sequence[Event], **kwargs: Any) -> None:
         return
     place = ""
     try:
-        place = writer.place(settings.audit, AuditEvent)
-        if place == writer.HELD:
+        place = places.place(settings.audit, AuditEvent)
+        if place == places.HELD:
             failed = functools.partial(_complain, events)
             writer.hold(store.write, events, failed, strict=settings.audit_strict)
-        elif place == writer.THREAD:
+        elif place == places.THREAD:
             writer.submit_and_wait(store.write, events)
-        elif place == writer.HERE:
-            writer.write_here(AuditEvent, store.write, events)
+        elif place == places.HERE:
+            places.write_here(AuditEvent, store.write, events)
         else:
             _defer(events)
-        if place in (writer.HELD, writer.LATER):
+        if place in (places.HELD, places.LATER):
             _close_at_the_end_of_children()
     except Exception as error:  # noqa: BLE001  # a broken audit stops no login
         problem = _complain(events, error)
@@ -87,18 +87,18 @@ def receive(events: Sequence[Event], **kwargs: Any) -> None:
             raise AuditError(problem) from None  # the context may hold a plaintext
     for event in events:
         _note(event, settings.audit)
-    if _pending and place == writer.HERE:
+    if _pending and place == places.HERE:
         flush()
 
 
 def flush() -> None:
     """Write the events that wait for a transaction to end, if this thread can do so now."""
     mode = conf.get().audit
-    if not _pending or writer.place(mode, AuditEvent) != writer.HERE:
+    if not _pending or places.place(mode, AuditEvent) != places.HERE:
         return
     events = _take_pending()
     try:
-        writer.write_here(AuditEvent, store.write, events)
+        places.write_here(AuditEvent, store.write, events)
     except Exception as error:  # noqa: BLE001
         _complain(events, error)
     for event in events:
@@ -219,18 +219,18 @@ def _note(event: Event, mode: str) -> None:
     if arn == event.key and abs(event.time - at) < history.LAST_SEEN_EVERY:
         return
     try:
-        place = writer.place(mode, Key)
-        if place == writer.LATER:
+        place = places.place(mode, Key)
+        if place == places.LATER:
             return
         if mode != "inline":  # what is written inline may be rolled back
             _noted[name] = (event.key, event.time)
-        if place in (writer.THREAD, writer.HELD):
+        if place in (places.THREAD, places.HELD):
             # Nobody waits for it: the caller's transaction may have locked these rows.
             writer.submit(_write_history, [event]).add_done_callback(
                 lambda done: _forget(event, problem) if (problem := done.exception()) else None
             )
         else:
-            writer.write_here(Key, _write_history, [event])
+            places.write_here(Key, _write_history, [event])
     except Exception as error:  # noqa: BLE001
         _forget(event, error)
 

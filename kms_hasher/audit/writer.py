@@ -1,15 +1,14 @@
 """
-The places where events can be written from: here, later, or a thread of its own.
+The thread that writes events, on a connection of its own.
 
-What the thread commits stands, whatever becomes of the transaction of the caller, and a
-caller on an event loop, where the ORM refuses to work, may hand it events too. A caller
-waits until its events are committed, or leaves them: then they are held back for a moment,
-to be committed with others.
+What it commits stands, whatever becomes of the transaction of the caller, and a caller on an
+event loop, where the ORM refuses to work, may hand it events too. A caller waits until its
+events are committed, or leaves them: then they are held back for a moment, to be committed
+with others.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import queue
@@ -19,8 +18,7 @@ from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import NamedTuple
 
-from django.db import InterfaceError, OperationalError, connections, router, transaction
-from django.db.models import Model
+from django.db import InterfaceError, OperationalError, connections
 
 from kms_hasher.signals import Event
 
@@ -40,49 +38,7 @@ FLUSH_SIZE, FLUSH_AGE = 1_000, 1.0
 #: How many of them may be held. Beyond that, callers wait.
 MAX_HELD = 10_000
 
-HERE, LATER, THREAD, HELD = "here", "later", "thread", "held"
-
 Write = Callable[[Sequence[Event]], None]
-
-
-def place(mode: str, model: type[Model]) -> str:
-    """Return where a row of the model is to be written from now, in that mode of `AUDIT`."""
-    connection = connections[router.db_for_write(model)]
-    sqlite = connection.vendor == "sqlite"
-    if mode in ("durable", "buffered") and not sqlite:
-        return THREAD if mode == "durable" else HELD
-    in_memory = sqlite and connection.is_in_memory_db()  # type: ignore[attr-defined]
-    # A test's transaction, and a database in memory, are out of reach of new connections.
-    bound = in_memory or mode == "inline"
-    if _on_event_loop():
-        return LATER if bound else THREAD
-    if connection.connection is None:
-        main = threading.current_thread() is threading.main_thread()
-        return LATER if bound and not main else HERE
-    between = connection.autocommit and not connection.in_atomic_block
-    return HERE if between or mode == "inline" else LATER
-
-
-def _on_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def write_here(model: type[Model], write: Write, events: Sequence[Event]) -> None:
-    """Write on the current thread's connection, and leave the connection as it was."""
-    connection = connections[router.db_for_write(model)]
-    unused = connection.connection is None
-    try:
-        # Within a transaction a savepoint keeps a failure from breaking it.
-        inside = connection.in_atomic_block
-        with transaction.atomic(connection.alias) if inside else contextlib.nullcontext():
-            write(events)
-    finally:
-        if unused:
-            connection.close()
 
 
 class _Job(NamedTuple):
@@ -130,7 +86,7 @@ class Writer:
             return None
         future: Future[None] = Future()
         self._came += len(events)
-        self._jobs.put(_Job(events, future, held=True))
+        self._jobs.put(_Job(tuple(events), future, held=True))
         if held >= FLUSH_SIZE and not self._out:
             self._wanted.set()
         return future
