@@ -2,12 +2,13 @@
 How long the admin's pages take at a million events and a hundred big runs, and how many
 queries.
 
-    DATABASE_URL=postgres://... python -m benchmarks.admin_pages [--events 1000000]
+    DATABASE_URL=postgres://... python -m benchmarks.admin_pages [--events 1000000] [--merged]
 
 Makes a test database of its own (SQLite in a temporary file without DATABASE_URL), fills it
 by SQL and removes it. Prints for each page the best of three requests in milliseconds, the
-part of it that the queries took, and the number of queries. The roll-ups are in all slots,
-as where `prune_kms_audit` has never merged them.
+part of it that the queries took, and the number of queries; of exports, until the first page
+was read. The roll-ups are in all slots, as where `prune_kms_audit` has never merged them, or with
+`--merged` as where it runs daily.
 """
 
 # ruff: noqa: E402
@@ -37,7 +38,7 @@ from django.utils import timezone
 
 from kms_hasher import encoding, history
 from kms_hasher.admin import event_list
-from kms_hasher.audit import retention, rollups, seals, store
+from kms_hasher.audit import rollups, seals, store
 from kms_hasher.models import (
     AuditEvent,
     AuditEvidence,
@@ -57,6 +58,12 @@ TIME = {
     "postgresql": "now() - ({n} - i) * interval '{step} second'",
     "mysql": "utc_timestamp(6) - interval ({n} - i) * {step} second",
     "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', 'now', (({n} - i) * -{step}) || ' seconds')",
+}
+
+BY_HOUR = {
+    "postgresql": ("date_trunc('hour', time, 'UTC')", "(ln(latency_us) / ln(2))"),
+    "mysql": ("date_format(time, '%%Y-%%m-%%d %%H:00:00')", "log2(latency_us)"),
+    "sqlite": ("strftime('%%Y-%%m-%%d %%H:00:00', time)", "log2(latency_us)"),
 }
 
 
@@ -87,7 +94,7 @@ def fill(n: int) -> list[str]:
             case when i = 1000 then 'denied' when i % 200 = 0 then 'unavailable'
                 when i % 100 = 7 then 'invalid' else 'success' end,
             '', case when i % 50 = 0 then '{refs[1]}' else '{refs[2]}' end, 'alias/tests',
-            9000 + i % 7000, {uuid}, {md5}
+            6000 + i % 42000, {uuid}, {md5}
         from numbers
     """
     indexes = AuditEvent._meta.indexes
@@ -106,24 +113,33 @@ def fill(n: int) -> list[str]:
     return refs
 
 
-def roll_up(n: int) -> None:
-    """Count the events by hour, in one slot, and then again in each of the others."""
-    started = time.perf_counter()
-    for _ in retention.rebuild(timezone.now() + timedelta(hours=2)):
-        pass
-    taken = time.perf_counter() - started
-    hours = AuditHour.objects.count()
+def roll_up(n: int, merged: bool) -> None:
+    """
+    Count the events by hour, in one slot, and then again in each of the others.
+
+    With `merged` the others have the last two days alone.
+    """
+    hour, log2 = BY_HOUR[connection.vendor]
     names = "hour, key_ref, operation, purpose, outcome, bucket, count"
+    table, since = (
+        AuditHour._meta.db_table,
+        timezone.now() - timedelta(days=2 if merged else 999),
+    )
     with connection.cursor() as cursor:
-        table = AuditHour._meta.db_table
+        cursor.execute(
+            f"insert into {table} ({names}, slot) select {hour}, key_ref, operation, purpose, "
+            f"outcome, floor({rollups.RESOLUTION} * {log2}), count(*), 0 "
+            f"from {AuditEvent._meta.db_table} group by 1, 2, 3, 4, 5, 6"
+        )
         for slot in range(1, store.SLOTS):
             cursor.execute(
                 f"insert into {table} ({names}, slot) select {names}, {slot} from {table} "
-                "where slot = 0"
+                "where slot = 0 and hour >= %s",
+                [since],
             )
         mysql = connection.vendor == "mysql"
         cursor.execute(f"analyze table {table}" if mysql else "analyze")
-    print(f"{n / taken:,.0f} events rolled up a second, into {hours:,} rows of each slot")
+    print(f"{AuditHour.objects.count():,} rows of figures by hour")
 
 
 def make_runs() -> RotationRun:
@@ -202,11 +218,11 @@ def make_audit() -> tuple[AuditSeal, AuditFinding]:
     return seal, made[0]
 
 
-def main(n: int) -> None:
+def main(n: int, merged: bool) -> None:
     started = time.perf_counter()
     refs = fill(n)
     print(f"filled in {time.perf_counter() - started:.0f} s", flush=True)
-    roll_up(n)
+    roll_up(n, merged)
     run, runs = make_runs(), "/admin/kms_hasher/rotationrun/"
     seal, finding = make_audit()
     header = encoding.Header("kms_argon2", encoding.Argon2Parameters.parse(COSTS), bytes(16))
@@ -324,6 +340,7 @@ def main(n: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser("python -m benchmarks.admin_pages")
     parser.add_argument("--events", type=int, default=1_000_000)
+    parser.add_argument("--merged", action="store_true")
     options = parser.parse_args()
     runner = DiscoverRunner(verbosity=0, interactive=False)
     with tempfile.TemporaryDirectory() as directory:
@@ -332,6 +349,6 @@ if __name__ == "__main__":
         databases = runner.setup_databases()
         try:
             with override_settings(ALLOWED_HOSTS=["testserver"]):
-                main(options.events)
+                main(options.events, options.merged)
         finally:
             runner.teardown_databases(databases)

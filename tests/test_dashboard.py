@@ -49,9 +49,9 @@ pytestmark = pytest.mark.django_db
 URL = f"{EVENTS}dashboard/"
 HOUR = datetime.timedelta(hours=1)
 
-#: Session, user; series, keys, aliases, purposes, runs, findings and their number, last seal,
+#: Session, user; series, keys and purposes, aliases, runs, findings and their number, last seal,
 #: unsealed events, marks of the reconciliation.
-QUERIES = 12
+QUERIES = 11
 
 
 def add(hours_ago: float = 0, number: int = 1, **changes: Any) -> None:

@@ -37,6 +37,9 @@ from kms_hasher.models import (
     RotationRun,
 )
 
+#: Figures by key and purpose.
+Pairs = Mapping[tuple[str, str], Figures]
+
 
 class Period(NamedTuple):
     """How far back a dashboard looks: so many hours or days, the present one included."""
@@ -100,6 +103,7 @@ def context(request: HttpRequest) -> dict[str, Any]:
     since = period.since()
     runs = _runs(request, chosen, since)
     series = rollups.series_by("outcome", since, step=period.step, **chosen.filters())
+    pairs = rollups.pairs("key_ref", "purpose", since)
     total = charts.merged(each for found in series.values() for each in found.values())
     by_outcome = sum((charts.calls(found) for found in series.values()), Counter[str]())
     return {
@@ -137,8 +141,8 @@ def context(request: HttpRequest) -> dict[str, Any]:
             for name in signals.OUTCOMES
             if by_outcome[name]
         ],
-        "keys": _keys(request, chosen, since),
-        "purposes": _purposes(chosen, since),
+        "keys": _keys(request, chosen, since, pairs),
+        "purposes": _purposes(chosen, since, pairs),
         "runs": runs and [_run(run) for run in runs],
         "no_runs": runs is not None and not runs,
         "findings": standing.findings_shown(request),
@@ -150,45 +154,56 @@ def context(request: HttpRequest) -> dict[str, Any]:
 # --- calls --------------------------------------------------------------------------
 
 
+def _grouped(pairs: Pairs, at: int, other: str) -> list[tuple[str, Figures]]:
+    """
+    Return the figures by key (`at` 0) or purpose (1), the most frequent first.
+
+    `other` is what is chosen of the other of the two, and nothing is of this one: a table goes
+    on naming what there is to choose from.
+    """
+    found: dict[str, list[Figures]] = {}
+    for pair, figures in pairs.items():
+        if not other or pair[1 - at] == other:
+            found.setdefault(pair[at], []).append(figures)
+    merged = [(name, charts.merged(each)) for name, each in found.items()]
+    return sorted(merged, key=lambda item: (-item[1].count, item[0]))[:ON_PAGE]
+
+
 def _keys(
-    request: HttpRequest, chosen: Selection, since: datetime.datetime
+    request: HttpRequest, chosen: Selection, since: datetime.datetime, pairs: Pairs
 ) -> list[dict[str, Any]]:
-    found = rollups.grouped("key_ref", since, **chosen.filters(without="key_ref"))
     aliases: dict[str, list[str]] = {}
     if may_view(request, AliasPeriod):
         now = AliasPeriod.objects.filter(open_alias__isnull=False).order_by("alias")
         for ref, alias in now.values_list("key__ref", "alias")[:ON_PAGE]:
             aliases.setdefault(ref, []).append(alias)
+    filters = {**_since(since), **chosen.filters(without="key_ref")}
     return [
         {
             **_row(figures),
             "name": _short(ref),
             "about": ", ".join(aliases.get(ref, ())),
-            "on": ref == chosen.key_ref and bool(ref),
+            "on": bool(ref) and ref == chosen.key_ref,
             "url": chosen.url(key_ref=ref) if _is_ref(ref) else "",
-            "events": events_url(
-                **_since(since), **chosen.filters(without="key_ref"), key_ref=ref
-            )
-            if ref
-            else "",
+            "events": events_url(**filters, key_ref=ref) if ref else "",
         }
-        for ref, figures in list(found.items())[:ON_PAGE]
+        for ref, figures in _grouped(pairs, 0, chosen.purpose)
     ]
 
 
-def _purposes(chosen: Selection, since: datetime.datetime) -> list[dict[str, Any]]:
-    found = rollups.grouped("purpose", since, **chosen.filters(without="purpose"))
+def _purposes(
+    chosen: Selection, since: datetime.datetime, pairs: Pairs
+) -> list[dict[str, Any]]:
+    filters = {**_since(since), **chosen.filters(without="purpose")}
     return [
         {
             **_row(figures),
             "name": gettext(name),
             "on": name == chosen.purpose,
             "url": chosen.url(purpose=name) if name in signals.PURPOSES else "",
-            "events": events_url(
-                **_since(since), **chosen.filters(without="purpose"), purpose=name
-            ),
+            "events": events_url(**filters, purpose=name),
         }
-        for name, figures in list(found.items())[:ON_PAGE]
+        for name, figures in _grouped(pairs, 1, chosen.key_ref)
     ]
 
 

@@ -106,6 +106,22 @@ def grouped(
     return dict(sorted(figures.items(), key=lambda item: (-item[1].count, item[0])))
 
 
+def pairs(
+    one: str,
+    other: str,
+    since: datetime.datetime,
+    until: datetime.datetime | None = None,
+    *,
+    latency: bool = True,
+    **filters: str,
+) -> dict[tuple[str, str], Figures]:
+    """Return the figures for each pair of values of two of `GROUPS`."""
+    found: dict[tuple[str, str], list[_Row]] = {}
+    for first, second, *rest in _read((one, other), since, until, latency, filters):
+        found.setdefault((str(first), str(second)), []).append(tuple(rest))
+    return {pair: _figures(rows) for pair, rows in found.items()}
+
+
 def series(
     since: datetime.datetime,
     until: datetime.datetime | None = None,
