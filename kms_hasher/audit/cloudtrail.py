@@ -76,6 +76,11 @@ class Call(NamedTuple):
             return self.caller.rpartition("/")[0]
         return self.caller
 
+    @property
+    def client(self) -> str:
+        """The role and the program it calls with."""
+        return f"{self.role} {self.user_agent}"
+
 
 class Read(NamedTuple):
     """One record: when and where, and the call if it is one to KMS."""

@@ -25,7 +25,7 @@ PAGE = 500
 
 _SCHEMA = """
 CREATE TABLE call (
-    id INTEGER PRIMARY KEY, event_id TEXT UNIQUE, request_id TEXT, time INTEGER, role TEXT,
+    id INTEGER PRIMARY KEY, event_id TEXT UNIQUE, request_id TEXT, time INTEGER, client TEXT,
     data TEXT, matched INTEGER DEFAULT 0
 );
 CREATE INDEX call_request ON call (request_id);
@@ -48,10 +48,10 @@ class Workspace:
         """Add calls; return how many of them were there already, by `event_id`."""
         before = self._db.total_changes
         self._db.executemany(
-            "INSERT OR IGNORE INTO call (event_id, request_id, time, role, data) "
+            "INSERT OR IGNORE INTO call (event_id, request_id, time, client, data) "
             "VALUES (?, ?, ?, ?, ?)",
             [
-                (call.event_id, call.request_id, seconds(call.time), call.role, _dump(call))
+                (call.event_id, call.request_id, seconds(call.time), call.client, _dump(call))
                 for call in calls
             ],
         )
@@ -97,10 +97,10 @@ class Workspace:
         )
         return True
 
-    def roles(self) -> set[str]:
-        """Return the roles whose calls were matched by their ids, `PAGE` of them at most."""
-        query = "SELECT DISTINCT role FROM call WHERE matched = ? LIMIT ?"
-        return {role for (role,) in self._db.execute(query, (BY_ID, PAGE))}
+    def clients(self) -> set[str]:
+        """Return the clients whose calls were matched by their ids, `PAGE` of them at most."""
+        query = "SELECT DISTINCT client FROM call WHERE matched = ? LIMIT ?"
+        return {client for (client,) in self._db.execute(query, (BY_ID, PAGE))}
 
     def spans(self, margin: int) -> Iterator[tuple[int, int]]:
         """Yield the spans of time, in seconds, that calls fall into, with a margin around."""
