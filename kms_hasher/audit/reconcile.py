@@ -135,8 +135,8 @@ def reconcile(
 
 def _match(space: Workspace, trail: Trail, report: Report) -> list[int]:
     """Read the events of the time past the calls; return findings of those without one."""
-    report.calls = len(space)
-    judged = {region: trail.span(region) for region in trail.covered}
+    report.calls, regions = len(space), trail.keys.regions
+    judged = {region: trail.span(region) for region in trail.covered if region in regions}
     spans = [*space.spans(SKEW), *(span for span in judged.values() if span)]
     missing = evidence.Missing()
     # What was found before and may turn up now.
@@ -218,7 +218,7 @@ def _silences(trail: Trail) -> list[str]:
     lines = []
     for region, cover in trail.covered.items():
         start, end = cover.last + LATE, trail.range.now - SILENCE
-        if trail.range.is_given or start >= end:
+        if trail.range.is_given or region not in trail.keys.regions or start >= end:
             continue
         for page in _events([(start, end)]):
             if any(_leaves_a_record(e) and trail.keys.region_of(e) == region for e in page):

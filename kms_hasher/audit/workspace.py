@@ -16,7 +16,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kms_hasher.audit.cloudtrail import Call, Context
 
@@ -31,6 +31,7 @@ CREATE TABLE call (
 CREATE INDEX call_request ON call (request_id);
 CREATE INDEX call_time ON call (time);
 CREATE INDEX call_open ON call (time, id) WHERE matched = 0;
+CREATE TABLE file (path TEXT, size INTEGER, modified INTEGER, last INTEGER, regions TEXT);
 CREATE TABLE taken (event INTEGER PRIMARY KEY, number INTEGER);
 """
 
@@ -38,8 +39,18 @@ CREATE TABLE taken (event INTEGER PRIMARY KEY, number INTEGER);
 BY_ID, BY_THE_REST = 1, 2
 
 
+class File(NamedTuple):
+    """A file that was read to its end: the time of its last record, and the Regions in it."""
+
+    path: str
+    size: int
+    modified: int
+    last: int
+    regions: tuple[str, ...]
+
+
 class Workspace:
-    """Calls read from CloudTrail, each once, and which of them were matched."""
+    """Calls read from CloudTrail, each once, which of them were matched, and the files."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
@@ -56,6 +67,19 @@ class Workspace:
             ],
         )
         return len(calls) - (self._db.total_changes - before)
+
+    def add_file(self, file: File) -> None:
+        row = (*file[:4], " ".join(file.regions))
+        self._db.execute("INSERT INTO file VALUES (?, ?, ?, ?, ?)", row)
+
+    def files(self) -> Iterator[list[File]]:
+        """Yield the files that were added, in pages."""
+        rows = self._db.execute("SELECT * FROM file")
+        while page := rows.fetchmany(PAGE):
+            yield [
+                File(path, size, modified, last, tuple(regions.split()))
+                for path, size, modified, last, regions in page
+            ]
 
     def __len__(self) -> int:
         return int(self._one("SELECT count(*) FROM call"))
