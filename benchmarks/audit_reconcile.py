@@ -205,10 +205,10 @@ def main() -> None:
     if options.worker:
         work(options.worker)
         return
-    print(f"{stub.environment()}, {connection.display_name}")
     runner = DiscoverRunner(verbosity=0, interactive=False)
     made = runner.setup_databases()
     try:
+        print(f"{stub.environment()}, {connection.display_name}")
         print(
             f"{'calls':>9}{'gzip MB':>9}{'seconds':>9}{'calls/s':>9}{'peak MiB':>10}"
             f"{'by id':>9}{'by rest':>9}{'found':>7}{'whose':>7}{'false':>7}"
