@@ -7,8 +7,8 @@ queries.
 Makes a test database of its own (SQLite in a temporary file without DATABASE_URL), fills it
 by SQL and removes it. Prints for each page the best of three requests in milliseconds, the
 part of it that the queries took, and the number of queries; of exports, until the first page
-was read. The roll-ups are in all slots, as where `prune_kms_audit` has never merged them, or with
-`--merged` as where it runs daily.
+was read. The roll-ups are in all slots, as where `prune_kms_audit` has never merged them, or
+with `--merged` as where it runs daily.
 """
 
 # ruff: noqa: E402
@@ -62,8 +62,8 @@ TIME = {
 
 BY_HOUR = {
     "postgresql": ("date_trunc('hour', time, 'UTC')", "(ln(latency_us) / ln(2))"),
-    "mysql": ("date_format(time, '%%Y-%%m-%%d %%H:00:00')", "log2(latency_us)"),
-    "sqlite": ("strftime('%%Y-%%m-%%d %%H:00:00', time)", "log2(latency_us)"),
+    "mysql": ("date_format(time, '%Y-%m-%d %H:00:00')", "log2(latency_us)"),
+    "sqlite": ("strftime('%Y-%m-%d %H:00:00', time)", "log2(latency_us)"),
 }
 
 
@@ -121,10 +121,8 @@ def roll_up(n: int, merged: bool) -> None:
     """
     hour, log2 = BY_HOUR[connection.vendor]
     names = "hour, key_ref, operation, purpose, outcome, bucket, count"
-    table, since = (
-        AuditHour._meta.db_table,
-        timezone.now() - timedelta(days=2 if merged else 999),
-    )
+    since = timezone.now() - timedelta(days=2 if merged else 999)
+    table = AuditHour._meta.db_table
     with connection.cursor() as cursor:
         cursor.execute(
             f"insert into {table} ({names}, slot) select {hour}, key_ref, operation, purpose, "

@@ -6,15 +6,21 @@ import datetime
 import io
 import json
 import logging
+import sys
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import django
 import pytest
+from django.contrib.admin.models import LogEntry
 from django.contrib.auth.hashers import check_password, make_password
+from django.contrib.auth.models import Permission, User
 from django.core import mail
 from django.core.management import CommandError, call_command
 from django.db import connection
+from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -22,7 +28,7 @@ from kms_hasher import breaker, calls, encoding, history, signals
 from kms_hasher.audit import alarms, detect, findings, recorder
 from kms_hasher.audit.findings import Found
 from kms_hasher.exceptions import KMSConnectionError
-from kms_hasher.models import AuditEvent, AuditFinding, Key
+from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, Key
 from kms_hasher.providers.base import Provider
 from kms_hasher.signals import Event
 
@@ -476,3 +482,138 @@ def test_the_command_for_cron(
     assert len(mail.outbox) == 1
     findings.acknowledge(AuditFinding.objects.get(), "rose")
     assert run()[0] == 0
+
+
+# --- the admin ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def staff(client: Client) -> Callable[..., Client]:
+    """Sign in somebody with these permissions."""
+
+    def sign_in(*names: str) -> Client:
+        user = User.objects.create(username="rose", is_staff=True)
+        user.user_permissions.set(Permission.objects.filter(codename__in=names))
+        client.force_login(user)
+        return client
+
+    return sign_in
+
+
+LIST = "/admin/kms_hasher/auditfinding/"
+
+
+def acknowledge(client: Client, finding: AuditFinding) -> None:
+    answer = client.post(LIST, {"action": "acknowledge", "_selected_action": [finding.pk]})
+    assert answer.status_code == 302
+
+
+def test_findings_are_read_and_acknowledged(staff: Callable[..., Client]) -> None:
+    finding, _ = findings.record(a_finding("<b>thief</b>", details={"callers": {"<i>": 1}}))
+    AuditEvidence.objects.create(
+        finding=finding, reference="e", time=NOW, operation="Decrypt", sub="ab" * 16
+    )
+    client = staff("view_auditfinding", "acknowledge_auditfinding")
+    text = client.get(LIST, {"state": "open"}).content.decode()
+    assert "&lt;b&gt;thief" in text and "<b>thief" not in text
+    acknowledge(client, finding)
+    finding.refresh_from_db()
+    assert finding.acknowledged_by == "rose" and finding.acknowledged_at
+    assert LogEntry.objects.get().object_id == str(finding.pk)
+    assert "thief" not in client.get(LIST, {"state": "open"}).content.decode()
+    for state in ("acknowledged", "resolved", ""):
+        shown = client.get(LIST, {"state": state} if state else {}).content.decode()
+        assert ("thief" in shown) == (state != "resolved")
+    page = client.get(f"{LIST}{finding.pk}/change/").content.decode()
+    assert "ab" * 16 in page and "<i>" not in page and "acknowledged" in page
+
+
+def test_nobody_acknowledges_or_changes_without_the_permission(
+    staff: Callable[..., Client],
+) -> None:
+    finding, _ = findings.record(a_finding())
+    client = staff(
+        "view_auditfinding", "change_auditfinding", "delete_auditfinding", "add_auditfinding"
+    )
+    assert 'value="acknowledge"' not in client.get(LIST).content.decode()
+    client.post(LIST, {"action": "acknowledge", "_selected_action": [finding.pk]})
+    client.post(LIST, {"action": "delete_selected", "_selected_action": [finding.pk]})
+    client.post(f"{LIST}{finding.pk}/change/", {"subject": "nothing"})
+    assert client.get(f"{LIST}add/").status_code == 403
+    assert client.post(f"{LIST}{finding.pk}/delete/").status_code == 403
+    finding.refresh_from_db()
+    assert finding.acknowledged_at is None and finding.subject == "Decrypt by a"
+    client.logout()
+    assert client.get(LIST).status_code == 302
+
+
+# --- the log line, and the recipe ---------------------------------------------------
+
+
+def test_the_log_line_has_the_names_of_opentelemetry(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "kms_hasher.audit"):
+        signals.emit(event(latency=0.0123456, request_ids=("a", "b")))
+        signals.emit(
+            event(outcome=signals.DENIED, error_code="AccessDenied", key="alias/tests")
+        )
+        signals.emit(event(operation=signals.PARSE, outcome=signals.INVALID))
+    good, bad, none = (r for r in caplog.records if r.name == "kms_hasher.audit")
+    names = {
+        "rpc.system": "aws-api",
+        "rpc.service": "KMS",
+        "rpc.method": "Decrypt",
+        "rpc.client.call.duration": 0.012346,
+        "cloud.region": "eu-central-1",
+        "aws.request_id": "b",
+    }
+    assert names.items() <= json.loads(good.getMessage()).items()
+    assert names.items() <= vars(good).items()
+    assert vars(bad)["error.type"] == "AccessDenied"
+    assert not hasattr(bad, "cloud.region")
+    assert not any(name.startswith(("rpc.", "aws.")) for name in vars(none))
+
+
+class Metric:
+    """What `prometheus_client` gives, as far as the recipe goes."""
+
+    made: dict[str, Metric] = {}
+
+    def __init__(self, name: str, text: str, labels: list[str], **kwargs: Any) -> None:
+        self.names, self.values = labels, {}
+        Metric.made[name] = self
+
+    def labels(self, *values: str) -> Metric:
+        assert len(values) == len(self.names)
+        self.present = values
+        return self
+
+    def inc(self) -> None:
+        self.values[self.present] = self.values.get(self.present, 0) + 1
+
+    def observe(self, value: float) -> None:
+        self.values.setdefault(self.present, []).append(value)
+
+
+def test_the_recipe_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "docs/how-to/monitor.md").read_text()
+    recipe = text.partition("## Prometheus")[2].partition("```python\n")[2].partition("```")[0]
+    stand_in = types.ModuleType("prometheus_client")
+    stand_in.Counter = stand_in.Histogram = Metric  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "prometheus_client", stand_in)
+    there: dict[str, Any] = {}
+    exec(recipe, there)
+    try:
+        signals.emit(event(latency=0.5, request_ids=("a",)))
+        signals.emit(event(outcome=signals.UNAVAILABLE))
+        alarms.found([a_finding()])
+    finally:
+        signals.kms_event.disconnect(there["count"])
+        alarms.audit_alarm.disconnect(there["count_finding"])
+    assert Metric.made["kms_calls"].values == {
+        ("Decrypt", "login", "success"): 1,
+        ("Decrypt", "login", "unavailable"): 1,
+    }
+    assert Metric.made["kms_call_seconds"].values == {("Decrypt",): [0.5]}
+    assert Metric.made["kms_findings"].values == {("unknown-call", "critical"): 1}

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from kms_hasher.audit import cloudtrail, trail_file
 from kms_hasher.exceptions import KMSBadResponse, KMSCredentialsError, KMSThrottled, TrailError
 from kms_hasher.providers import aws_trail
+from kms_hasher.providers.aws import AWSProvider
 from tests.trail import ACCOUNT, ARN, ARN_2, REGION, SITE, re_encryption, record, write
 
 START = datetime.datetime(2026, 11, 21, 12, tzinfo=datetime.timezone.utc)
@@ -306,3 +308,44 @@ def test_errors_of_the_look_up_are_ours(pauses: list[float]) -> None:
         error = ClientError({"Error": {"Code": code, "Message": "no"}}, "LookupEvents")
         with pytest.raises(kind, match="LookupEvents"):
             list(aws_trail.lookup(Client(error), START, START))
+
+
+def test_the_aws_provider_asks_cloudtrail_with_its_own_credentials(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_ACCESS_KEY_ID": "AKIAEXAMPLE",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }.items():
+        monkeypatch.setenv(name, value)
+    made = []
+    real = boto3.Session.client
+
+    def client(self: Any, service: str, **options: Any) -> Any:
+        if service != "cloudtrail":
+            return real(self, service, **options)
+        made.append((self.get_credentials().access_key, options["region_name"]))
+        return Client(page(record(START)))
+
+    monkeypatch.setattr(boto3.Session, "client", client)
+    provider = AWSProvider()
+    try:
+        (found,) = provider.lookup_events("eu-central-1", START, START)
+    finally:
+        provider.close()
+    assert call_of(found).operation == "Decrypt"
+    assert made == [("AKIAEXAMPLE", "eu-central-1")]
+
+
+def test_a_look_up_without_credentials_is_our_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(KMSCredentialsError):
+        AWSProvider().lookup_events("eu-central-1", START, START)

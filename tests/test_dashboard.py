@@ -49,7 +49,7 @@ pytestmark = pytest.mark.django_db
 URL = f"{EVENTS}dashboard/"
 HOUR = datetime.timedelta(hours=1)
 
-#: Session, user; series, keys and purposes, aliases, runs, findings and their number, last seal,
+#: Session, user; series, keys and purposes, aliases, runs, findings, their number, last seal,
 #: unsealed events, marks of the reconciliation.
 QUERIES = 11
 

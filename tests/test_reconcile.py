@@ -305,6 +305,7 @@ def test_no_more_calls_than_attempts_hide_behind_an_event(tmp_path: Path) -> Non
         {"seconds": 30},
         {"seconds": -60},
         {"caller": THIEF},
+        {"userAgent": "aws-cli/2.0"},
         {"key": ARN_2},
         {"context": {"application": "kms_hasher", "sub": "0" * 32}},
     ],
@@ -318,6 +319,16 @@ def test_no_call_of_another_hides_behind_an_attempt(
     assert unknown() == {strange["eventID"]}
 
 
+def test_no_call_hides_behind_a_login_that_was_answered_at_once(tmp_path: Path) -> None:
+    event = made(at(5))
+    strange = attempt(event, 1)
+    refused = made(at(7), outcome=signals.DENIED, error_code="AccessDeniedException")
+    other = attempt(refused, 1)
+    write(tmp_path, at(10), [*traffic(), seen(event), strange, other])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"], other["eventID"]}
+
+
 def test_no_call_hides_behind_one_that_was_not_made(tmp_path: Path) -> None:
     strange = attempt(timed_out(5, error_code="KMSCircuitOpen", latency_us=9))
     parsed = made(at(9), operation="Parse", outcome=signals.INVALID, request_ids="")
@@ -327,7 +338,7 @@ def test_no_call_hides_behind_one_that_was_not_made(tmp_path: Path) -> None:
     assert unknown() == {strange["eventID"], other["eventID"]}
 
 
-def test_without_a_sub_only_a_slow_call_may_hide_one(tmp_path: Path) -> None:
+def test_without_a_sub_operation_key_and_time_decide(tmp_path: Path) -> None:
     made(at(5), operation="GenerateMac")
     quick = record(at(5), "GenerateMac")
     made(at(15), operation="GenerateMac", latency_us=2_100_000)

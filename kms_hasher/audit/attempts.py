@@ -1,14 +1,14 @@
 """
 Attempts of ours that got no answer, and so left no request id with us but one in CloudTrail.
 
-Such a call is matched by the rest: operation, key, `sub` and time. Whoever has the server's
-credentials could hide a call behind one of ours only if it is for the same stored password,
-within seconds of it, and only as often as ours may have been tried in vain.
+Such a call is matched by the rest: operation, key, `sub` and time, and by an event that got no
+answer or took as long as a time-out. Whoever has the server's credentials could hide a call
+behind one of ours only if that was such a call, for the same stored password, within seconds of
+it, and only as often as it may have been tried in vain.
 """
 
 from __future__ import annotations
 
-import datetime
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -35,10 +35,12 @@ def match(space: Workspace) -> None:
     """Match calls that are left with the attempts in vain that events may hold."""
     tried = conf.get().options.get("attempts", 2)
     attempts = tried if isinstance(tried, int) else 2
-    roles = space.roles()
+    clients = space.clients()
     for page in space.unmatched():
         # Who never made a call that we know of has made none of our attempts.
-        asked = [call for call in page if not call.by_aws and (call.role in roles or not roles)]
+        asked = [
+            call for call in page if not call.by_aws and (call.client in clients or not clients)
+        ]
         if not asked:
             continue
         events = _Events(asked)
@@ -67,9 +69,7 @@ class _Events:
                 self._by_sub[event.sub].append(event)
         operations = {call.operation for call in calls if not call.sub}
         if operations:
-            # Without a `sub` the time alone would hide a call behind any other.
-            vain = Q(outcome=signals.UNAVAILABLE) | Q(latency_us__gte=_patience_us())
-            for event in _read(span & Q(operation__in=operations) & vain):
+            for event in _read(span & Q(operation__in=operations)):
                 self._by_operation[event.operation].append(event)
 
     def near(self, call: Call) -> Iterator[AuditEvent]:
@@ -97,8 +97,9 @@ def _read(where: Q) -> Iterator[AuditEvent]:
         "sub",
     )
     called = AuditEvent.objects.filter(where).exclude(error_code__in=NOT_CALLED)
-    # One that got no answer at all, or an answer after it had got none.
-    called = called.filter(Q(outcome=signals.UNAVAILABLE) | ~Q(request_ids=""))
+    # One that got no answer at all, or an answer after it had waited for one in vain.
+    late = Q(latency_us__gte=_patience_us()) & ~Q(request_ids="")
+    called = called.filter(Q(outcome=signals.UNAVAILABLE) | late)
     return called.only(*fields).order_by("time", "pk").iterator()
 
 
@@ -110,8 +111,6 @@ def _fits(event: AuditEvent, call: Call) -> bool:
 
 
 def _patience_us() -> int:
-    """Return the least time that an attempt in vain takes, by the provider's options."""
-    options = conf.get().options
-    waits = [options.get("connect_timeout", 1.0), options.get("read_timeout", 2.0)]
-    shortest = min((each for each in waits if isinstance(each, int | float)), default=1.0)
-    return int(datetime.timedelta(seconds=shortest) / datetime.timedelta(microseconds=1))
+    """Return how long an attempt waits for KMS's answer, in microseconds."""
+    wait = conf.get().options.get("read_timeout", 2.0)
+    return int((wait if isinstance(wait, int | float) else 2.0) * 1_000_000)

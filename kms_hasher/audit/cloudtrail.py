@@ -28,6 +28,10 @@ SOURCE = "kms.amazonaws.com"
 BAD_RECORD = "{number} records are not as CloudTrail writes them"
 
 
+#: Parameters of a request that name a key or an alias.
+_KEYS = ("sourceKeyId", "keyId", "destinationKeyId", "targetKeyId", "aliasName")
+
+
 class Context(NamedTuple):
     """What an encryption context says of whose it is, "" where it does not."""
 
@@ -71,6 +75,11 @@ class Call(NamedTuple):
         if ":assumed-role/" in self.caller:
             return self.caller.rpartition("/")[0]
         return self.caller
+
+    @property
+    def client(self) -> str:
+        """The role and the program it calls with."""
+        return f"{self.role} {self.user_agent}"
 
 
 class Read(NamedTuple):
@@ -169,9 +178,9 @@ def _keys(record: Mapping[str, Any], asked: Mapping[str, Any], region: str) -> t
         for each in (resources if isinstance(resources, list) else [])
         if isinstance(each, dict)
     ]
-    names = ("sourceKeyId", "keyId", "destinationKeyId", "targetKeyId", "aliasName")
-    account = _text(record.get("recipientAccountId"))
-    listed += [_arn(_text(asked.get(name)), region, account) for name in names]
+    if not any(":key/" in name for name in listed):
+        account = _text(record.get("recipientAccountId"))
+        listed += [_arn(_text(asked.get(name)), region, account) for name in _KEYS]
     # In their order, each once; aliases only where no key is told.
     known = dict.fromkeys(name for name in listed if _is_arn(name))
     keys = tuple(name for name in known if ":key/" in name)

@@ -24,7 +24,7 @@ from kms_hasher.audit.site import is_ours, of_seconds, seconds_of, utc
 from kms_hasher.audit.trail import LATE, SETTLE, SKEW, Range, Trail
 from kms_hasher.audit.workspace import BY_ID, BY_THE_REST, Workspace
 from kms_hasher.exceptions import ConfigurationError
-from kms_hasher.models import AuditEvent, AuditFinding
+from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding
 from kms_hasher.providers.base import OPERATIONS
 
 #: Events read at a time.
@@ -135,15 +135,18 @@ def reconcile(
 
 def _match(space: Workspace, trail: Trail, report: Report) -> list[int]:
     """Read the events of the time past the calls; return findings of those without one."""
-    report.calls = len(space)
-    judged = {region: trail.span(region) for region in trail.covered}
+    report.calls, regions = len(space), trail.keys.regions
+    judged = {region: trail.span(region) for region in trail.covered if region in regions}
     spans = [*space.spans(SKEW), *(span for span in judged.values() if span)]
     missing = evidence.Missing()
+    # What was found before and may turn up now.
+    before = AuditEvidence.objects.filter(explained_at=None).exists()
     for page in _events(workspace.merged(sorted(spans))):
         report.events += len(page)
         found = space.match([id_ for event in page for id_ in event.request_ids.split()])
         present = {e.pk for e in page if not found.isdisjoint(e.request_ids.split())}
-        report.explained += evidence.explain_events(present)
+        if before:
+            report.explained += evidence.explain_events(present)
         for event in page:
             span = judged.get(trail.keys.region_of(event))
             if event.pk in present or span is None or not _leaves_a_record(event):
@@ -153,7 +156,7 @@ def _match(space: Workspace, trail: Trail, report: Report) -> list[int]:
     stored, report.new_missing, report.missing = missing.store()
     attempts.match(space)
     report.matched, report.attempts = space.matched(BY_ID), space.matched(BY_THE_REST)
-    for event_ids in space.matched_events():
+    for event_ids in space.matched_events() if before else ():
         report.explained += evidence.explain(event_ids)
     return stored
 
@@ -215,7 +218,7 @@ def _silences(trail: Trail) -> list[str]:
     lines = []
     for region, cover in trail.covered.items():
         start, end = cover.last + LATE, trail.range.now - SILENCE
-        if trail.range.is_given or start >= end:
+        if trail.range.is_given or region not in trail.keys.regions or start >= end:
             continue
         for page in _events([(start, end)]):
             if any(_leaves_a_record(e) and trail.keys.region_of(e) == region for e in page):

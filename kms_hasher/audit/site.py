@@ -37,7 +37,7 @@ USES = frozenset(
 
 
 class Keys:
-    """The keys of this site: those of the key history, and those in the settings."""
+    """The keys of this site, of the key history and the settings, and their Regions."""
 
     def __init__(self) -> None:
         now = conf.get()
@@ -46,6 +46,8 @@ class Keys:
         self._refs = {*self._regions, *filter(None, map(key_ref, named))}
         self._alias = now.alias.rpartition(":")[2]
         self._home = now.home.region if now.home else str(now.options.get("region") or "")
+        others = {*map(calls.region_of, now.previous_keys), *now.fallback_regions}
+        self.regions = {*self._regions.values(), self._home, *others} - {""}
 
     def include(self, call: Call) -> bool:
         """Return whether the call is on a key of this site."""
@@ -53,10 +55,6 @@ class Keys:
             key_ref(key) in self._refs or key.rpartition(":")[2] == self._alias
             for key in call.keys
         )
-
-    def regions(self) -> list[str]:
-        """Return the Regions that the keys are in."""
-        return sorted({*self._regions.values(), self._home} - {""})
 
     def region_of(self, event: AuditEvent) -> str:
         """Return the Region that the call of an event went to, as far as is known."""

@@ -10,13 +10,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from kms_hasher import calls
 from kms_hasher.audit import cloudtrail
 from kms_hasher.audit.cloudtrail import Call, Read
 from kms_hasher.audit.site import Keys, of_seconds, seconds_of, utc
-from kms_hasher.audit.workspace import PAGE, Workspace, seconds
+from kms_hasher.audit.workspace import PAGE, File, Workspace, seconds
 from kms_hasher.exceptions import ConfigurationError, TrailError
 from kms_hasher.models import TrailFile, TrailMark
 
@@ -67,15 +66,6 @@ class Coverage:
     last: int
 
 
-class Seen(NamedTuple):
-    """A file that was read to its end, its last time in seconds, and the Regions in it."""
-
-    path: Path
-    state: os.stat_result
-    last: int
-    regions: frozenset[str]
-
-
 @dataclass
 class Trail:
     """Reads CloudTrail into a workspace, and knows how far it came."""
@@ -89,7 +79,6 @@ class Trail:
     passed_over: int = 0
     records: int = 0
     duplicates: int = 0
-    _seen: list[Seen] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._marks = {mark.region: seconds_of(mark.until) for mark in TrailMark.objects.all()}
@@ -111,7 +100,10 @@ class Trail:
             except OSError as error:
                 self.errors.append(f"{path}: {type(error).__name__}.")
             else:
-                self._seen.append(Seen(path, state, last, frozenset(regions)))
+                name, size = str(path.absolute()), state.st_size
+                self.space.add_file(
+                    File(name, size, state.st_mtime_ns, last, tuple(sorted(regions)))
+                )
 
     def look_up(self) -> None:
         """
@@ -122,10 +114,9 @@ class Trail:
         events = getattr(calls.provider(), "lookup_events", None)
         if events is None:
             raise ConfigurationError(NO_LOOKUP)
-        regions = self.keys.regions()
-        if not regions:
+        if not self.keys.regions:
             raise ConfigurationError(NO_REGION)
-        for region in regions:
+        for region in sorted(self.keys.regions):
             start = self._marks.get(region, self.range.now - FIRST_LOOK_UP + LATE) - LATE
             start = start if self.range.since is None else self.range.since
             end = self.range.now if self.range.until is None else self.range.until
@@ -204,19 +195,16 @@ class Trail:
                 TrailMark.objects.update_or_create(
                     region=region, defaults={"until": of_seconds(span[1])}
                 )
-        for seen in self._seen:
-            # The last ones are read again, until all events they may have were looked for.
-            marks = [self._marks.get(region, 0) for region in seen.regions]
-            if seen.last < min([*marks, self.range.now]) - SKEW - SETTLE:
-                TrailFile.objects.update_or_create(
-                    digest=_digest(seen.path),
-                    defaults={
-                        "path": str(seen.path.absolute()),
-                        "size": seen.state.st_size,
-                        "modified": seen.state.st_mtime_ns,
-                    },
-                )
+        for page in self.space.files():
+            done = [_known(file) for file in page if self._is_done(file)]
+            TrailFile.objects.filter(digest__in=[row.digest for row in done]).delete()
+            TrailFile.objects.bulk_create(done, ignore_conflicts=True)
         return until
+
+    def _is_done(self, file: File) -> bool:
+        # The last ones are read again, until all events they may have were looked for.
+        marks = [self._marks.get(region, 0) for region in file.regions]
+        return file.last < min([*marks, self.range.now]) - SKEW - SETTLE
 
 
 def _readable(records: Iterable[object], bad: list[object]) -> Iterable[Read]:
@@ -228,10 +216,17 @@ def _readable(records: Iterable[object], bad: list[object]) -> Iterable[Read]:
 
 
 def _is_known(path: Path, state: os.stat_result) -> bool:
+    digest = _digest(str(path.absolute()))
     return TrailFile.objects.filter(
-        digest=_digest(path), size=state.st_size, modified=state.st_mtime_ns
+        digest=digest, size=state.st_size, modified=state.st_mtime_ns
     ).exists()
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(os.fsencode(path.absolute())).hexdigest()
+def _known(file: File) -> TrailFile:
+    return TrailFile(
+        digest=_digest(file.path), path=file.path, size=file.size, modified=file.modified
+    )
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(os.fsencode(path)).hexdigest()

@@ -16,7 +16,7 @@ import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kms_hasher.audit.cloudtrail import Call, Context
 
@@ -25,12 +25,13 @@ PAGE = 500
 
 _SCHEMA = """
 CREATE TABLE call (
-    id INTEGER PRIMARY KEY, event_id TEXT UNIQUE, request_id TEXT, time INTEGER, role TEXT,
+    id INTEGER PRIMARY KEY, event_id TEXT UNIQUE, request_id TEXT, time INTEGER, client TEXT,
     data TEXT, matched INTEGER DEFAULT 0
 );
 CREATE INDEX call_request ON call (request_id);
 CREATE INDEX call_time ON call (time);
 CREATE INDEX call_open ON call (time, id) WHERE matched = 0;
+CREATE TABLE file (path TEXT, size INTEGER, modified INTEGER, last INTEGER, regions TEXT);
 CREATE TABLE taken (event INTEGER PRIMARY KEY, number INTEGER);
 """
 
@@ -38,8 +39,18 @@ CREATE TABLE taken (event INTEGER PRIMARY KEY, number INTEGER);
 BY_ID, BY_THE_REST = 1, 2
 
 
+class File(NamedTuple):
+    """A file that was read to its end: the time of its last record, and the Regions in it."""
+
+    path: str
+    size: int
+    modified: int
+    last: int
+    regions: tuple[str, ...]
+
+
 class Workspace:
-    """Calls read from CloudTrail, each once, and which of them were matched."""
+    """Calls read from CloudTrail, each once, which of them were matched, and the files."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._db = connection
@@ -48,14 +59,27 @@ class Workspace:
         """Add calls; return how many of them were there already, by `event_id`."""
         before = self._db.total_changes
         self._db.executemany(
-            "INSERT OR IGNORE INTO call (event_id, request_id, time, role, data) "
+            "INSERT OR IGNORE INTO call (event_id, request_id, time, client, data) "
             "VALUES (?, ?, ?, ?, ?)",
             [
-                (call.event_id, call.request_id, seconds(call.time), call.role, _dump(call))
+                (call.event_id, call.request_id, seconds(call.time), call.client, _dump(call))
                 for call in calls
             ],
         )
         return len(calls) - (self._db.total_changes - before)
+
+    def add_file(self, file: File) -> None:
+        row = (*file[:4], " ".join(file.regions))
+        self._db.execute("INSERT INTO file VALUES (?, ?, ?, ?, ?)", row)
+
+    def files(self) -> Iterator[list[File]]:
+        """Yield the files that were added, in pages."""
+        rows = self._db.execute("SELECT * FROM file")
+        while page := rows.fetchmany(PAGE):
+            yield [
+                File(path, size, modified, last, tuple(regions.split()))
+                for path, size, modified, last, regions in page
+            ]
 
     def __len__(self) -> int:
         return int(self._one("SELECT count(*) FROM call"))
@@ -97,10 +121,10 @@ class Workspace:
         )
         return True
 
-    def roles(self) -> set[str]:
-        """Return the roles whose calls were matched by their ids, `PAGE` of them at most."""
-        query = "SELECT DISTINCT role FROM call WHERE matched = ? LIMIT ?"
-        return {role for (role,) in self._db.execute(query, (BY_ID, PAGE))}
+    def clients(self) -> set[str]:
+        """Return the clients whose calls were matched by their ids, `PAGE` of them at most."""
+        query = "SELECT DISTINCT client FROM call WHERE matched = ? LIMIT ?"
+        return {client for (client,) in self._db.execute(query, (BY_ID, PAGE))}
 
     def spans(self, margin: int) -> Iterator[tuple[int, int]]:
         """Yield the spans of time, in seconds, that calls fall into, with a margin around."""
