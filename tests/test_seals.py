@@ -45,15 +45,22 @@ def configure(settings: Any) -> Callable[..., None]:
     return change
 
 
-@pytest.fixture
-def hmac_key(kms: Provider, configure: Callable[..., None]) -> str:
-    """The ARN of the HMAC key behind `AUDIT_SEAL_KEY`."""
-    arn = kms.create_key(spec="HMAC_256", usage="GENERATE_VERIFY_MAC").key_arn
-    with contextlib.suppress(exceptions.AlreadyExists):
-        kms.create_alias(SEAL_ALIAS, arn)
-    kms.update_alias(SEAL_ALIAS, arn)
-    configure(AUDIT_SEAL_KEY=SEAL_ALIAS)
+@pytest.fixture(scope="module")
+def hmac_arn(key_arn: str) -> str:
+    """The ARN of an HMAC key in the local provider, made once."""
+    provider = keyring.provider()
+    arn = provider.create_key(spec="HMAC_256", usage="GENERATE_VERIFY_MAC").key_arn
+    provider.create_alias(SEAL_ALIAS, arn)
     return arn
+
+
+@pytest.fixture
+def hmac_key(hmac_arn: str, kms: Provider, configure: Callable[..., None]) -> Iterator[str]:
+    """The same, behind `AUDIT_SEAL_KEY`; alias and key are put right afterwards."""
+    configure(AUDIT_SEAL_KEY=SEAL_ALIAS)
+    yield hmac_arn
+    kms.enable_key(hmac_arn)
+    kms.update_alias(SEAL_ALIAS, hmac_arn)
 
 
 @pytest.fixture
