@@ -397,12 +397,15 @@ def test_a_transaction_that_does_not_end_is_not_passed_over(hmac_key: str) -> No
 
 
 @durable
-def test_writers_beside_the_sealer_raise_no_alarm(hmac_key: str, small: None) -> None:
+def test_writers_beside_the_sealer_raise_no_alarm(
+    hmac_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seals, "SEGMENT", 50)
     stop = threading.Event()
 
     def write() -> None:
         try:
-            while not stop.is_set():
+            while not stop.wait(0.01):
                 with transaction.atomic():
                     fill(random.randrange(1, 4))
                     # The ids of what is rolled back become gaps.
