@@ -405,9 +405,10 @@ def test_writers_beside_the_sealer_raise_no_alarm(
 
     def write() -> None:
         try:
-            while not stop.wait(0.01):
+            while not stop.is_set():
                 with transaction.atomic():
                     fill(random.randrange(1, 4))
+                    stop.wait(random.random() / 3)
                     # The ids of what is rolled back become gaps.
                     transaction.set_rollback(random.random() < 0.3)
         finally:
