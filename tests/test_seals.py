@@ -605,6 +605,22 @@ def test_stripping_the_mac_is_found(log: None) -> None:
     assert verification.BAD_ANCHOR.format(sequence=3, problem=anchors.NO_MAC) == texts()
 
 
+def test_who_may_encrypt_cannot_forge_a_seal_without_its_mac(
+    log: None, configure: Callable[..., None]
+) -> None:
+    """A web server has the key of passwords, but not that of seals."""
+    raw(AuditEvent, "UPDATE {table} SET sub = 'x' WHERE id = %s", ids()[24])
+    forge(3)
+    configure(AUDIT_SEAL_KEY="")
+    seal = AuditSeal.objects.get(sequence=3)
+    AuditSeal.objects.filter(pk=seal.pk).update(anchors=anchors.of_seal(seal))
+    assert kinds() == {}  # such a site has no better anchor
+    configure(AUDIT_SEAL_KEY=SEAL_ALIAS)
+    assert kinds() == {"anchor": 1}
+    with pytest.raises(exceptions.SealRefused, match="no MAC"):
+        sealed()
+
+
 def test_a_mac_by_another_key_of_the_account_is_not_taken(
     log: None, kms: Provider, configure: Callable[..., None]
 ) -> None:
@@ -709,7 +725,10 @@ def test_an_hmac_key_may_be_named_later(small: None, request: pytest.FixtureRequ
     fill(3)
     sealed()
     request.getfixturevalue("hmac_key")
-    sealed()
+    assert anchors.NO_MAC in texts()
+    with pytest.raises(exceptions.SealRefused, match="no MAC"):
+        sealed()
+    sealed(unchecked=True)
     assert kinds() == kinds(all_anchors=True) == {}
 
 
