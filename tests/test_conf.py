@@ -80,6 +80,11 @@ def test_keys_that_kms_takes(key: str) -> None:
         ({"FALLBACK_REGIONS": ["eu-west-1"]}, "needs KMS_HASHER['KEY'] as the ARN"),
         ({"AUDIT": "loud"}, "use one of durable, buffered, inline, off"),
         ({"AUDIT_STRICT": 1}, "must be of type bool"),
+        ({"AUDIT_SEAL_KEY": "seals"}, "KMS_HASHER['AUDIT_SEAL_KEY'] holds 'seals'"),
+        ({"AUDIT_CONTEXT_KEY": "x"}, "KMS_HASHER['AUDIT_CONTEXT_KEY'] holds 'x'"),
+        ({"AUDIT_SEAL_HOURS": "24"}, "must be of type int or float"),
+        ({"AUDIT_SEAL_HOURS": -1}, "must be 0 or more hours"),
+        ({"AUDIT_SEAL_HOURS": float("nan")}, "must be 0 or more hours"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[Any, Any], says: str) -> None:

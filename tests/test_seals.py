@@ -45,15 +45,22 @@ def configure(settings: Any) -> Callable[..., None]:
     return change
 
 
-@pytest.fixture
-def hmac_key(kms: Provider, configure: Callable[..., None]) -> str:
-    """The ARN of the HMAC key behind `AUDIT_SEAL_KEY`."""
-    arn = kms.create_key(spec="HMAC_256", usage="GENERATE_VERIFY_MAC").key_arn
-    with contextlib.suppress(exceptions.AlreadyExists):
-        kms.create_alias(SEAL_ALIAS, arn)
-    kms.update_alias(SEAL_ALIAS, arn)
-    configure(AUDIT_SEAL_KEY=SEAL_ALIAS)
+@pytest.fixture(scope="module")
+def hmac_arn(key_arn: str) -> str:
+    """The ARN of an HMAC key in the local provider, made once."""
+    provider = keyring.provider()
+    arn = provider.create_key(spec="HMAC_256", usage="GENERATE_VERIFY_MAC").key_arn
+    provider.create_alias(SEAL_ALIAS, arn)
     return arn
+
+
+@pytest.fixture
+def hmac_key(hmac_arn: str, kms: Provider, configure: Callable[..., None]) -> Iterator[str]:
+    """The same, behind `AUDIT_SEAL_KEY`; alias and key are put right afterwards."""
+    configure(AUDIT_SEAL_KEY=SEAL_ALIAS)
+    yield hmac_arn
+    kms.enable_key(hmac_arn)
+    kms.update_alias(SEAL_ALIAS, hmac_arn)
 
 
 @pytest.fixture
@@ -390,7 +397,10 @@ def test_a_transaction_that_does_not_end_is_not_passed_over(hmac_key: str) -> No
 
 
 @durable
-def test_writers_beside_the_sealer_raise_no_alarm(hmac_key: str, small: None) -> None:
+def test_writers_beside_the_sealer_raise_no_alarm(
+    hmac_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seals, "SEGMENT", 50)
     stop = threading.Event()
 
     def write() -> None:
@@ -398,6 +408,7 @@ def test_writers_beside_the_sealer_raise_no_alarm(hmac_key: str, small: None) ->
             while not stop.is_set():
                 with transaction.atomic():
                     fill(random.randrange(1, 4))
+                    stop.wait(random.random() / 3)
                     # The ids of what is rolled back become gaps.
                     transaction.set_rollback(random.random() < 0.3)
         finally:
@@ -594,6 +605,22 @@ def test_stripping_the_mac_is_found(log: None) -> None:
     assert verification.BAD_ANCHOR.format(sequence=3, problem=anchors.NO_MAC) == texts()
 
 
+def test_who_may_encrypt_cannot_forge_a_seal_without_its_mac(
+    log: None, configure: Callable[..., None]
+) -> None:
+    """A web server has the key of passwords, but not that of seals."""
+    raw(AuditEvent, "UPDATE {table} SET sub = 'x' WHERE id = %s", ids()[24])
+    forge(3)
+    configure(AUDIT_SEAL_KEY="")
+    seal = AuditSeal.objects.get(sequence=3)
+    AuditSeal.objects.filter(pk=seal.pk).update(anchors=anchors.of_seal(seal))
+    assert kinds() == {}  # such a site has no better anchor
+    configure(AUDIT_SEAL_KEY=SEAL_ALIAS)
+    assert kinds() == {"anchor": 1}
+    with pytest.raises(exceptions.SealRefused, match="no MAC"):
+        sealed()
+
+
 def test_a_mac_by_another_key_of_the_account_is_not_taken(
     log: None, kms: Provider, configure: Callable[..., None]
 ) -> None:
@@ -698,7 +725,10 @@ def test_an_hmac_key_may_be_named_later(small: None, request: pytest.FixtureRequ
     fill(3)
     sealed()
     request.getfixturevalue("hmac_key")
-    sealed()
+    assert anchors.NO_MAC in texts()
+    with pytest.raises(exceptions.SealRefused, match="no MAC"):
+        sealed()
+    sealed(unchecked=True)
     assert kinds() == kinds(all_anchors=True) == {}
 
 

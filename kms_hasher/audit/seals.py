@@ -106,16 +106,12 @@ def _check(last: AuditSeal | None, pruned: AuditSeal | None) -> None:
     """Raise `SealRefused` unless KMS vouches for what the next seal will carry on."""
     if last is None:
         return
-    # A seal from before AUDIT_SEAL_KEY was set has no MAC; the next one will.
-    if problem := anchors.check_seal(last, strict=not _key_is_new(last), both=False):
+    # Where there is a key for MACs, nothing else will do: more people may Encrypt.
+    if problem := anchors.check_seal(last, both=False):
         raise SealRefused(FORGED.format(sequence=last.sequence, problem=problem))
     if problem := check_pruning(last, pruned):
         sequence = pruned.sequence if pruned else 0
         raise SealRefused(PRUNING_FORGED.format(sequence=sequence, problem=problem))
-
-
-def _key_is_new(last: AuditSeal) -> bool:
-    return not isinstance(last.anchors, dict) or "mac" not in last.anchors
 
 
 def check_pruning(last: AuditSeal, pruned: AuditSeal | None) -> str:

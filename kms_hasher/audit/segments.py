@@ -35,6 +35,12 @@ def seals() -> QuerySet[AuditSeal]:
     return AuditSeal.objects.using(database()).defer("leaves")
 
 
+def leaves(seal: AuditSeal) -> bytes:
+    """Return the leaves of a seal, b"" if it is gone."""
+    rows = AuditSeal.objects.using(database()).filter(pk=seal.pk)
+    return bytes(rows.values_list("leaves", flat=True).first() or b"")
+
+
 def all_events() -> QuerySet[AuditEvent]:
     return AuditEvent.objects.using(database())
 
@@ -57,12 +63,12 @@ def is_sealed(id_: int) -> bool:
 
     Raises `ValueError` if they are damaged.
     """
-    found = AuditSeal.objects.using(database()).filter(after_id__lt=id_, last_id__gte=id_)
+    found = seals().filter(after_id__lt=id_, last_id__gte=id_)
     late = seals().exclude(late="")
     if any(id_ in canonical.late_ids(each) for each in late.iterator()):
         return True
-    leaves = (bytes(each.leaves) for each in found)
-    return any(id_ == event for each in leaves for event, _ in canonical.read_leaves(each))
+    read = (canonical.read_leaves(leaves(each)) for each in found)
+    return any(id_ == event for each in read for event, _ in each)
 
 
 def unsealed(last: AuditSeal | None, limit: int = COUNTED) -> int:
