@@ -12,6 +12,10 @@ from kms_hasher import breaker, keyring
 from kms_hasher.audit import recorder
 from kms_hasher.providers.base import Provider
 from kms_hasher.signals import Event, kms_event
+from tests import browser
+
+# `tests.__main__` says so where it is left out.
+collect_ignore = [] if browser.find() else ["test_browser.py"]
 
 if TYPE_CHECKING:
     from django.contrib.auth.models import User
