@@ -50,7 +50,7 @@ from kms_hasher.models import (
 )
 
 DAYS = 30
-RUNS, SHARDS = 100, 2000
+RUNS, UNDER_WAY, SHARDS = 100, 3, 2000
 FINDINGS = 10_000
 COSTS = "m=102400,t=2,p=8"
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/00000000-0000-4000-8000-00000000000"
@@ -141,15 +141,19 @@ def roll_up(n: int, merged: bool) -> None:
 
 
 def make_runs() -> RotationRun:
-    """Make a hundred runs of 100,000,000 rows, each in its second sweep; return the last."""
+    """
+    Make a hundred runs of 100,000,000 rows, each in its second sweep, a few of which are not
+    finished; return the last.
+    """
     now = timezone.now()
     shards, each = SHARDS, 50_000
-    for _ in range(RUNS):
+    for number in reversed(range(RUNS)):
         run = RotationRun.objects.create(
             kind=RotationRun.Kind.REWRAP,
             started_at=now,
             updated_at=now,
             sweep=2,
+            state="running" if number < UNDER_WAY else "finished",
             total=shards * each,
             failed=shards,
         )
