@@ -174,6 +174,8 @@ def main() -> None:
     parts = ("path", "flush", "slots")
     parser.add_argument("--only", default=",".join(parts), help="some of: %(default)s")
     options = parser.parse_args()
+    if connection.vendor == "sqlite":
+        parser.error("needs DATABASE_URL, of a server: SQLite has no writer of its own")
     wanted, quick = options.only.split(","), options.quick
     runner = DiscoverRunner(verbosity=0, interactive=False)
     databases = runner.setup_databases()
