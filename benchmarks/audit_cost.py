@@ -11,7 +11,7 @@ path     What reporting one event takes from a login, as a ratio to stock Django
 flush    Events a second that get into the database, roll-ups included: by the writer alone,
          and from `emit` to the commit of the last. Then, those that are pruned.
 slots    32 processes that commit one event at a time, all in the same hour: without a
-         roll-up, with one row for all, with as many as we use, and with one for each.
+         roll-up, with one row for all, with as many as we use, and with 32.
 """
 
 # ruff: noqa: E402
@@ -174,6 +174,8 @@ def main() -> None:
     parts = ("path", "flush", "slots")
     parser.add_argument("--only", default=",".join(parts), help="some of: %(default)s")
     options = parser.parse_args()
+    if connection.vendor == "sqlite":
+        parser.error("needs DATABASE_URL, of a server: SQLite has no writer of its own")
     wanted, quick = options.only.split(","), options.quick
     runner = DiscoverRunner(verbosity=0, interactive=False)
     databases = runner.setup_databases()
