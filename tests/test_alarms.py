@@ -200,7 +200,7 @@ def mailed(settings: Any) -> Callable[[str], None]:
         if django.VERSION >= (6, 1):
             settings.MAILERS = {"default": {"BACKEND": backend}}
         else:
-            mailed(LOCMEM)
+            settings.EMAIL_BACKEND = backend
 
     modern = django.VERSION >= (6, 0)
     settings.ADMINS = ["rose@example.com" if modern else ("Rose", "rose@example.com")]
