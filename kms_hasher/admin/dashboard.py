@@ -116,7 +116,7 @@ def context(request: HttpRequest) -> dict[str, Any]:
             {"name": name, "value": value, "without": chosen.url(**{field: ""})}
             for field, name, value in (
                 ("key_ref", gettext("key"), _key_id(chosen.key_ref)),
-                ("purpose", gettext("purpose"), gettext(chosen.purpose or " ")),
+                ("purpose", gettext("purpose"), gettext(chosen.purpose or NONE)),
             )
             if getattr(chosen, field)
         ],

@@ -71,7 +71,7 @@ def seals_shown(request: HttpRequest) -> dict[str, Any] | None:
 
 
 def trail_shown(request: HttpRequest) -> dict[str, Any] | None:
-    """Return up to when CloudTrail was compared, in the Region that is furthest behind."""
+    """Return up to when CloudTrail was compared, the Region that is furthest behind first."""
     if not may_view(request, AuditFinding):
         return None
     now = timezone.now()
@@ -85,7 +85,7 @@ def trail_shown(request: HttpRequest) -> dict[str, Any] | None:
         }
         for mark in TrailMark.objects.order_by("until")[:ON_PAGE]
     ]
-    return {"rows": rows, "oldest": rows[0] if rows else None}
+    return {"rows": rows}
 
 
 def age(span: datetime.timedelta) -> str:
