@@ -39,9 +39,10 @@ class KMSHasherConfig(AppConfig):
 
     def ready(self) -> None:
         from kms_hasher import checks, receivers, users
-        from kms_hasher.audit import recorder
+        from kms_hasher.audit import alarms, recorder
 
         checks.register()
         users.adapt()
         recorder.connect()
+        alarms.connect()
         receivers.connect()

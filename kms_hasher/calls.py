@@ -147,6 +147,11 @@ class _Reported:
             with contextlib.suppress(AuditError):
                 self._leave(circuit, error)
             raise error from None
+        except BaseException as cut:  # a task cancelled, a time limit: KMS may have answered
+            error = KMSError("cut short", code=type(cut).__name__)
+            with contextlib.suppress(AuditError):
+                self._tell(operation, call.requested, started, error)
+            raise
         self._leave(circuit)
         result = call.result
         self._tell(operation, result.key_arn, started, None, call.requested, result.request_ids)

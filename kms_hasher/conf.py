@@ -18,7 +18,7 @@ from kms_hasher.encoding import ARN, key_ref
 from kms_hasher.exceptions import ConfigurationError, MalformedHash
 
 #: What `AUDIT` may be; see `kms_hasher.audit.recorder`.
-AUDIT_MODES = ("durable", "inline", "off")
+AUDIT_MODES = ("durable", "buffered", "inline", "off")
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,20 @@ class Conf:
     databases: tuple[str, ...] = ()
     #: Bound into every seal, so that one site's blobs do not open on another's.
     deployment: str = ""
-    #: How events are stored: "durable", "inline" (for tests) or "off" (log lines only).
+    #: How events are stored: "durable", "buffered", "inline" (for tests), "off" (log lines).
     audit: str = "durable"
     #: Whether a call whose event cannot be stored fails.
     audit_strict: bool = False
+    #: Alias, key id or ARN of the HMAC key that seals of the audit are anchored by; may be "".
+    audit_seal_key: str = ""
+    #: The symmetric key of their anchor in CloudTrail; "" for `KEY`.
+    audit_context_key: str = ""
+    #: After how many hours without a seal sealing is overdue; 0 for never.
+    audit_seal_hours: float = 24
+    #: Whether findings are mailed to ADMINS.
+    audit_mail_admins: bool = False
+    #: Decrypts a minute above which there is a finding; 0 for a bound learned from last week.
+    audit_rate_bound: int = 0
     #: Whether a password under an old key is re-wrapped when its user signs in.
     rewrap_on_login: bool = True
     #: Whether sessions and reset links of the stock user model survive re-wrapping.
@@ -157,6 +167,11 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "DEPLOYMENT": (str,),
     "AUDIT": (str,),
     "AUDIT_STRICT": (bool,),
+    "AUDIT_SEAL_KEY": (str,),
+    "AUDIT_CONTEXT_KEY": (str,),
+    "AUDIT_SEAL_HOURS": (int, float),
+    "AUDIT_MAIL_ADMINS": (bool,),
+    "AUDIT_RATE_BOUND": (int,),
     "REWRAP_ON_LOGIN": (bool,),
     "STABLE_SESSIONS": (bool,),
 }
@@ -175,8 +190,13 @@ def _validate(conf: Conf) -> None:
             "KMS_HASHER['KEY'] is missing: give the alias, key id or ARN of the KMS key "
             'that seals passwords, such as "alias/django-passwords".'
         )
-    if not conf.key.startswith("alias/"):
-        _check_key("KEY", conf.key)
+    for setting, key in (
+        ("KEY", conf.key),
+        ("AUDIT_SEAL_KEY", conf.audit_seal_key),
+        ("AUDIT_CONTEXT_KEY", conf.audit_context_key),
+    ):
+        if key and not key.startswith("alias/"):
+            _check_key(setting, key)
     for arn in conf.previous_keys:
         if not str(arn).startswith("arn:") or ":key/" not in arn:
             raise ConfigurationError(
@@ -194,6 +214,13 @@ def _validate(conf: Conf) -> None:
         raise ConfigurationError(
             f"KMS_HASHER['AUDIT'] is {conf.audit!r}: use one of {', '.join(AUDIT_MODES)}."
         )
+    if conf.audit_rate_bound < 0 or isinstance(conf.audit_rate_bound, bool):
+        raise ConfigurationError(
+            "KMS_HASHER['AUDIT_RATE_BOUND'] must be a number of Decrypts a minute, or 0 to "
+            "learn it."
+        )
+    if not 0 <= conf.audit_seal_hours < float("inf"):
+        raise ConfigurationError("KMS_HASHER['AUDIT_SEAL_HOURS'] must be 0 or more hours.")
 
 
 def _validate_mode(conf: Conf) -> None:

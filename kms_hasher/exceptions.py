@@ -44,6 +44,14 @@ class AuditError(KMSHasherError):
     """Raised when an event cannot be recorded and `AUDIT_STRICT` is set."""
 
 
+class SealRefused(KMSHasherError):
+    """Raised when the audit cannot be sealed or marked as pruned as things stand."""
+
+
+class TrailError(KMSHasherError):
+    """Raised when a file or answer of CloudTrail cannot be read, or not to its end."""
+
+
 class RotationRefused(KMSHasherError):
     """Raised when a step of a rotation would lose data or cannot be done as asked."""
 

@@ -253,6 +253,48 @@ class RotationShard(models.Model):
         return f"{self.column} {self.sweep}.{self.number}"
 
 
+class AuditHour(models.Model):
+    """
+    How many events there were of one hour, key, operation, purpose, outcome and latency.
+
+    Concurrent writers add to rows of different slots, so that none waits for another; what
+    is read is the sum over the slots.
+    """
+
+    hour = models.DateTimeField(_("hour"), help_text=_("Its beginning."))
+    key_ref = models.CharField(_("key ref"), max_length=30, blank=True)
+    operation = models.CharField(_("operation"), max_length=32)
+    purpose = models.CharField(_("purpose"), max_length=16)
+    outcome = models.CharField(_("outcome"), max_length=16)
+    bucket = models.SmallIntegerField(
+        _("bucket"), help_text=_("Of latencies, four to the doubling; -1 for no call.")
+    )
+    slot = models.SmallIntegerField(_("slot"))
+    count = models.BigIntegerField(_("count"))
+
+    class Meta:
+        verbose_name = _("hour of events")
+        verbose_name_plural = _("hours of events")
+        ordering = ["hour", "pk"]
+        constraints = [
+            models.UniqueConstraint(
+                fields=[
+                    "hour",
+                    "key_ref",
+                    "operation",
+                    "purpose",
+                    "outcome",
+                    "bucket",
+                    "slot",
+                ],
+                name="kms_hour_once_a_slot",
+            )
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.hour:%Y-%m-%d %H:%M} {self.operation} {self.outcome}"
+
+
 class AppendOnly(models.QuerySet["AuditEvent"]):
     """Refuses what would change or remove what is recorded."""
 
@@ -260,6 +302,10 @@ class AppendOnly(models.QuerySet["AuditEvent"]):
         raise TypeError("The audit is append-only: events are never changed or deleted.")
 
     update = delete = bulk_update = update_or_create = _refuse
+
+    def _prune(self) -> int:
+        """Delete the events, and return how many: for `audit.retention` and nothing else."""
+        return self._raw_delete(self.db)
 
 
 class AuditEvent(models.Model):
@@ -300,10 +346,11 @@ class AuditEvent(models.Model):
         verbose_name = _("event")
         verbose_name_plural = _("events")
         ordering = ["-time", "-pk"]
+        permissions = [("export_auditevent", "Can export events")]
         indexes = [
             models.Index(fields=["time"], name="kms_event_time"),
             models.Index(fields=["key_ref", "time", "outcome"], name="kms_event_key"),
-            models.Index(fields=["outcome", "time"], name="kms_event_outcome"),
+            models.Index(fields=["outcome", "time", "key_ref"], name="kms_event_outcome_key"),
             models.Index(fields=["operation", "time"], name="kms_event_operation"),
             models.Index(fields=["purpose", "time"], name="kms_event_purpose"),
             models.Index(fields=["sub"], name="kms_event_sub"),
@@ -319,3 +366,176 @@ class AuditEvent(models.Model):
 
     def delete(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError("The audit is append-only: events are never deleted.")
+
+
+class AuditSeal(models.Model):
+    """
+    The seal of a segment of the audit: of all events with ids above `after_id` and up to
+    `last_id`, and of those in `late`.
+
+    See `kms_hasher.audit.seals`. All fields but `leaves` enter the hash that is anchored in
+    KMS or that the next seal carries on.
+    """
+
+    sequence = models.PositiveBigIntegerField(_("sequence"), unique=True)
+    version = models.PositiveSmallIntegerField(
+        _("version"), help_text=_("Which fields of the events are sealed, and how.")
+    )
+    sealed_at = models.DateTimeField(_("sealed at"))
+    after_id = models.BigIntegerField(_("after event"))
+    last_id = models.BigIntegerField(_("up to event"))
+    late = models.TextField(
+        _("late events"), blank=True, help_text=_("Events of older segments, admitted later.")
+    )
+    count = models.PositiveBigIntegerField(_("events"))
+    first_time = models.DateTimeField(_("earliest time"), null=True, blank=True)
+    last_time = models.DateTimeField(_("latest time"), null=True, blank=True)
+    root = models.CharField(_("Merkle root"), max_length=64)
+    leaves_hash = models.CharField(max_length=64, editable=False)
+    previous = models.CharField(_("hash of the seal before"), max_length=64)
+    pruned = models.PositiveBigIntegerField(
+        _("pruned up to"), default=0, help_text=_("When this seal was made.")
+    )
+    pruning = models.CharField(max_length=64, blank=True, editable=False)
+    anchors = models.JSONField(_("anchors"), default=dict)
+    # Nine bytes for each event, which tell what event differs; given up after pruning.
+    leaves = models.BinaryField()
+    # Of the last segment that was pruned alone: all up to it were.
+    pruned_at = models.DateTimeField(_("pruned at"), null=True, blank=True)
+    pruning_anchors = models.JSONField(_("anchors of the pruning"), default=dict, blank=True)
+
+    class Meta:
+        verbose_name = _("seal")
+        verbose_name_plural = _("seals")
+        ordering = ["-sequence"]
+
+    def __str__(self) -> str:
+        return str(self.sequence)
+
+
+class AuditFinding(models.Model):
+    """Something about the audit that a person should look at."""
+
+    class Kind(models.TextChoices):
+        UNKNOWN_CALL = "unknown-call", _("call this application never made")
+        UNKNOWN_CHANGE = "unknown-change", _("change of a key this application never made")
+        NOT_IN_TRAIL = "not-in-trail", _("events that CloudTrail lacks")
+        RATE = "rate", _("more decrypts than usual")
+        RETIRED_KEY = "retired-key", _("use of a retired key")
+        TAMPERED = "tampered", _("burst of tampered values")
+        BREAKER = "breaker", _("circuit breaker opened")
+        SEALING_OVERDUE = "sealing-overdue", _("sealing overdue")
+
+    class Severity(models.TextChoices):
+        WARNING = "warning", _("warning")
+        CRITICAL = "critical", _("critical")
+
+    kind = models.CharField(_("kind"), max_length=32, choices=Kind.choices)
+    severity = models.CharField(_("severity"), max_length=16, choices=Severity.choices)
+    dedup_key = models.CharField(
+        max_length=64, unique=True, editable=False, help_text=_("The same for the same thing.")
+    )
+    subject = models.TextField(_("subject"))
+    key_ref = models.CharField(_("key ref"), max_length=30, blank=True)
+    first_seen = models.DateTimeField(_("first seen"))
+    last_seen = models.DateTimeField(_("last seen"))
+    count = models.BigIntegerField(_("count"), default=1)
+    details = models.JSONField(_("details"), default=dict, blank=True)
+    acknowledged_at = models.DateTimeField(_("acknowledged at"), null=True, blank=True)
+    acknowledged_by = models.CharField(_("acknowledged by"), max_length=255, blank=True)
+    resolved_at = models.DateTimeField(
+        _("resolved at"),
+        null=True,
+        blank=True,
+        help_text=_("When it was explained by what came later."),
+    )
+    alarmed_at = models.DateTimeField(null=True, blank=True, editable=False)
+    mailed_at = models.DateTimeField(null=True, blank=True, editable=False)
+
+    class Meta:
+        verbose_name = _("finding")
+        verbose_name_plural = _("findings")
+        ordering = ["-last_seen", "-pk"]
+        indexes = [models.Index(fields=["last_seen"], name="kms_finding_time")]
+        permissions = [("acknowledge_auditfinding", "Can acknowledge findings")]
+
+    def __str__(self) -> str:
+        return f"{self.get_kind_display()}: {self.subject}"
+
+    @property
+    def is_open(self) -> bool:
+        return self.acknowledged_at is None and self.resolved_at is None
+
+
+class AuditEvidence(models.Model):
+    """One call or event that a finding stands on; a call stands for one finding only."""
+
+    finding = models.ForeignKey(
+        AuditFinding,
+        on_delete=models.CASCADE,
+        related_name="evidence",
+        verbose_name=_("finding"),
+    )
+    reference = models.CharField(
+        _("reference"),
+        max_length=255,
+        unique=True,
+        help_text=_("CloudTrail's eventID, or the number of an event here."),
+    )
+    time = models.DateTimeField(_("time"))
+    operation = models.CharField(_("operation"), max_length=64)
+    request_id = models.CharField(_("request id"), max_length=320, blank=True)
+    error_code = models.CharField(_("error code"), max_length=320, blank=True)
+    sub = models.CharField(_("stored password"), max_length=64, blank=True)
+    caller = models.CharField(_("caller"), max_length=320, blank=True)
+    source_ip = models.CharField(_("source address"), max_length=320, blank=True)
+    user_agent = models.CharField(_("user agent"), max_length=320, blank=True)
+    holder = models.TextField(  # noqa: DJ001  # NULL until somebody has looked
+        _("account"),
+        null=True,
+        blank=True,
+        help_text=_("Whose stored password it is: column and primary key. Empty if nobody's."),
+    )
+    explained_at = models.DateTimeField(_("explained at"), null=True, blank=True)
+
+    class Meta:
+        verbose_name = _("evidence")
+        verbose_name_plural = _("evidence")
+        ordering = ["time", "pk"]
+        indexes = [models.Index(fields=["sub"], name="kms_evidence_sub")]
+
+    def __str__(self) -> str:
+        return self.reference
+
+
+class TrailFile(models.Model):
+    """A file of CloudTrail that need not be read again."""
+
+    digest = models.CharField(
+        max_length=64, unique=True, editable=False, help_text=_("SHA-256 of its path.")
+    )
+    path = models.TextField(_("path"))
+    size = models.BigIntegerField(_("size"))
+    modified = models.BigIntegerField(_("modified, in ns"))
+
+    class Meta:
+        verbose_name = _("CloudTrail file")
+        verbose_name_plural = _("CloudTrail files")
+
+    def __str__(self) -> str:
+        return self.path
+
+
+class TrailMark(models.Model):
+    """Up to when the events of a Region have been looked for in CloudTrail."""
+
+    region = models.CharField(_("Region"), max_length=64, unique=True)
+    until = models.DateTimeField(_("until"))
+    updated_at = models.DateTimeField(_("updated at"), auto_now=True)
+
+    class Meta:
+        verbose_name = _("CloudTrail mark")
+        verbose_name_plural = _("CloudTrail marks")
+
+    def __str__(self) -> str:
+        return f"{self.region} {self.until:%Y-%m-%d %H:%M}"

@@ -36,7 +36,16 @@ DENIED = _("denied")  # policies or credentials
 ERROR = _("error")
 
 #: What calls are for.
-PURPOSES = (_("login"), _("set"), _("rotate"), _("wrap"), _("unwrap"), _("status"), _("verify"))
+PURPOSES = (
+    _("login"),
+    _("set"),
+    _("rotate"),
+    _("wrap"),
+    _("unwrap"),
+    _("status"),
+    _("verify"),
+    _("seal"),
+)
 
 OUTCOMES = (SUCCESS, INVALID, UNAVAILABLE, UNUSABLE, DENIED, ERROR)
 

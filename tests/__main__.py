@@ -2,8 +2,9 @@
 The test command: `python -m tests [pytest's arguments]`.
 
 Runs the suite on SQLite, and on PostgreSQL and MariaDB where a server and a driver are
-found, then checks the coverage. KMS_HASHER_POSTGRESQL_URL and KMS_HASHER_MARIADB_URL say
-where the servers are; with KMS_HASHER_ALL_DATABASES=1 a missing one is a failure.
+found, and in a browser where Chromium and Playwright are; then checks the coverage.
+KMS_HASHER_POSTGRESQL_URL and KMS_HASHER_MARIADB_URL say where the servers are; with
+KMS_HASHER_ALL_DATABASES=1 a missing one, or a missing browser, is a failure.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from tests import browser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,6 +74,9 @@ def main(arguments: list[str]) -> int:
             missing.append(f"{name}: {str(error).strip() or type(error).__name__}")
         else:
             databases[name] = url
+
+    if not browser.find():
+        missing.append("a browser: there is no Chromium, or no Playwright")
 
     coverage = (sys.executable, "-m", "coverage")
     run(*coverage, "erase")

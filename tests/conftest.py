@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from django.test import Client
 
 from kms_hasher import breaker, keyring
 from kms_hasher.audit import recorder
 from kms_hasher.providers.base import Provider
 from kms_hasher.signals import Event, kms_event
-from tests import modes
+from tests import browser, modes
+
+# `tests.__main__` says so where it is left out.
+collect_ignore = [] if browser.find() else ["test_browser.py"]
+
+if TYPE_CHECKING:
+    from django.contrib.auth.models import User
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,3 +74,19 @@ def events() -> Iterator[list[Event]]:
 def calls(events: list[Event]) -> Callable[[], list[str]]:
     """The operations of the calls made so far, as in `assert calls() == ["Decrypt"]`."""
     return lambda: [event.operation for event in events]
+
+
+@pytest.fixture
+def staff(client: Client, django_user_model: type[User]) -> User:
+    """Somebody signed in who may see nothing yet. No password, so no event was made."""
+    user = django_user_model.objects.create(username="staff", is_staff=True, password="!")
+    client.force_login(user)
+    return user
+
+
+@pytest.fixture
+def root(client: Client, staff: User) -> Client:
+    """A client of a superuser."""
+    staff.is_superuser = True
+    staff.save()
+    return client

@@ -22,16 +22,27 @@ from django.urls import reverse
 from django.utils import timezone
 
 from kms_hasher import encoding, history, signals
+from kms_hasher.admin import event_list
 from kms_hasher.admin import events as events_admin
 from kms_hasher.admin.base import NONE, ON_PAGE
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun, RotationShard
+from kms_hasher.audit import store
+from kms_hasher.models import (
+    AliasPeriod,
+    AuditEvent,
+    AuditFinding,
+    AuditSeal,
+    Key,
+    RotationRun,
+    RotationShard,
+)
 from kms_hasher.rotation import runs, shards
+from tests import test_audit
 
 pytestmark = pytest.mark.django_db
 
 ARN = "arn:aws:kms:eu-central-1:111122223333:key/{}"
 EVENTS = "/admin/kms_hasher/auditevent/"
-MODELS = (Key, AliasPeriod, RotationRun, AuditEvent)
+MODELS = (Key, AliasPeriod, RotationRun, AuditEvent, AuditSeal, AuditFinding)
 
 
 def make_arn(number: int) -> str:
@@ -66,6 +77,34 @@ def make_shard(run: RotationRun, number: int = 1, **changes: Any) -> RotationSha
     return RotationShard.objects.create(run=run, number=number, **{**values, **changes})
 
 
+def make_finding(**changes: Any) -> AuditFinding:
+    now = timezone.now()
+    values = {
+        "kind": AuditFinding.Kind.UNKNOWN_CALL,
+        "severity": "warning",
+        "dedup_key": uuid.uuid4().hex,
+        "subject": "Decrypt by nobody here",
+        "first_seen": now,
+        "last_seen": now,
+    }
+    return AuditFinding.objects.create(**{**values, **changes})
+
+
+def make_seal(**changes: Any) -> AuditSeal:
+    values = {
+        "sequence": AuditSeal.objects.count() + 1,
+        "version": 1,
+        "sealed_at": timezone.now(),
+        "after_id": 0,
+        "last_id": 0,
+        "count": 1,
+        "root": uuid.uuid4().hex * 2,
+        "previous": uuid.uuid4().hex * 2,
+        "leaves": b"",
+    }
+    return AuditSeal.objects.create(**{**values, **changes})
+
+
 def populate(number: int) -> None:
     for at in range(number):
         key = make_key(at)
@@ -74,6 +113,8 @@ def populate(number: int) -> None:
         make_shard(run, failed=1, bad=[["1", "bad"]])
         make_event(key_ref=key.ref)
         make_event(key_ref=make_key(0).ref, outcome=signals.DENIED)
+        make_finding()
+        make_seal()
 
 
 def list_url(model: type[Any]) -> str:
@@ -88,13 +129,6 @@ def listed(client: Client, query: str = "") -> set[int]:
     response = client.get(EVENTS + query)
     assert response.status_code == 200
     return {row.pk for row in response.context["cl"].result_list}
-
-
-@pytest.fixture
-def staff(client: Client, django_user_model: type[User]) -> User:
-    user = django_user_model.objects.create(username="staff", is_staff=True, password="!")
-    client.force_login(user)
-    return user
 
 
 @pytest.fixture
@@ -179,7 +213,8 @@ def test_the_number_of_queries_does_not_grow(admin: Client) -> None:
 
 def test_no_page_breaks_a_strict_content_security_policy(admin_client: Client) -> None:
     populate(2)
-    urls = [*map(list_url, MODELS), *(page_url(model.objects.first()) for model in MODELS)]
+    urls = [f"{EVENTS}dashboard/", *map(list_url, MODELS)]
+    urls += [page_url(model.objects.first()) for model in MODELS]
     for url in urls:
         html = admin_client.get(url).content.decode()
         assert "kms_hasher/admin.css" in html
@@ -763,19 +798,62 @@ def test_search(admin: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     assert listed(admin, f"?q={one.request_ids}&{day}") == {one.pk}
 
 
-def test_pages_end_where_the_list_would_become_slow(
+def test_pages_follow_each_other_and_hold_each_event_once(
     admin: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(events_admin, "MAX_LISTED", 3)
-    for _ in range(2):
-        make_event()
-    assert "newest" not in admin.get(EVENTS).content.decode()
-    for _ in range(3):
-        make_event()
-    response = admin.get(EVENTS)
-    assert response.context["cl"].result_count == 3
-    assert "These are the newest 3 of the events asked for" in response.content.decode()
-    assert "about 5." in response.content.decode()
+    monkeypatch.setattr(events_admin.AuditEventAdmin, "list_per_page", 2)
+    now = timezone.now()
+    same = [make_event(time=now).pk for _ in range(3)]  # a rotation's, of one microsecond
+    older = [make_event(time=now - datetime.timedelta(hours=h)).pk for h in (1, 2)]
+    expected = [*reversed(same), *older]
+    query, pages = "", []
+    while True:
+        page = admin.get(EVENTS + query).context["cl"]
+        pages.append([event.pk for event in page.result_list])
+        if not page.older:
+            break
+        make_event(outcome=signals.DENIED)  # what comes in meanwhile moves nothing
+        query = page.older
+    assert [pk for page in pages for pk in page] == expected
+    assert [len(page) for page in pages] == [2, 2, 1]
+    assert page.newest == "?"
+    assert [event.pk for event in admin.get(EVENTS + page.newer).context["cl"].result_list] == (
+        pages[1]
+    )
+
+
+def test_a_position_is_left_behind_where_it_means_nothing(admin: Client) -> None:
+    make_event(time=timezone.now() - datetime.timedelta(days=2))
+    position = event_list.Position(timezone.now(), 10**6)
+    assert event_list.Position.parse(str(position)) == position
+    html = admin.get(f"{EVENTS}?before={position}&outcome=success").content.decode()
+    assert f"before={position}" not in html
+    assert admin.get(f"{EVENTS}?before={position}").context["cl"].newest == "?"
+
+
+def test_the_list_reads_as_many_rows_as_it_shows(
+    admin: Client, django_assert_max_num_queries: Any
+) -> None:
+    make_event()
+    with django_assert_max_num_queries(10) as captured:
+        admin.get(f"{EVENTS}?outcome=success")
+    assert not any("COUNT(" in query["sql"] for query in captured.captured_queries)
+
+
+def test_how_many_there_are_comes_from_the_rollups(admin: Client) -> None:
+    now = timezone.localtime()
+    store.write([test_audit.event(time=now, sub="a", outcome=o) for o in ("success", "denied")])
+    month = f"time__year={now.year}&time__month={now.month}"
+    assert "About 2 events in all." in admin.get(EVENTS).content.decode()
+    year = f"time__year={now.year}"
+    for query, number in ((year, 2), (month, 2), (f"{month}&time__day={now.day}", 2)):
+        assert (
+            f"About {number} events in this" in admin.get(f"{EVENTS}?{query}").content.decode()
+        )
+    assert "About 0 events" in admin.get(f"{EVENTS}?time__year=2020").content.decode()
+    html = admin.get(f"{EVENTS}?{month}&outcome=denied").content.decode()
+    assert "About 1 events in this" in html
+    assert "About" not in admin.get(f"{EVENTS}?outcome=denied").content.decode()
 
 
 def choices(client: Client, query: str = "") -> tuple[str, list[str]]:
@@ -803,7 +881,18 @@ def test_dates_of_a_few_days_and_of_many_months(admin: Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "query", ["time__year=x", "time__year=2026&time__month=13", "p=999", "p=x", "q=%00"]
+    "query",
+    [
+        "time__year=x",
+        "time__year=2026&time__month=13",
+        "p=999",
+        "p=x",
+        "q=%00",
+        "before=x",
+        "time__month=1&time__day=40",
+        "time__year=2028&time__month=2&time__day=29",
+        "after=1-1&time__day=3",
+    ],
 )
 def test_nonsense_in_the_address(query: str, admin: Client) -> None:
     make_event()

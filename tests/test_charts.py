@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import itertools
+import math
 import re
+from collections import Counter
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from django.db import connection
 from django.utils import timezone, translation
 
 from kms_hasher import signals
-from kms_hasher.audit import charts
-from kms_hasher.models import AuditEvent
+from kms_hasher.audit import charts, rollups
+from kms_hasher.models import AuditHour
 
 NOW = datetime.datetime(2026, 11, 21, 12, 34, 56, tzinfo=datetime.timezone.utc)
 SVG = "{http://www.w3.org/2000/svg}"
@@ -20,25 +23,31 @@ SVG = "{http://www.w3.org/2000/svg}"
 pytestmark = pytest.mark.django_db
 
 
+slots = itertools.count()
+
+
 def add(
     hours_ago: float, outcome: str = signals.SUCCESS, number: int = 1, ref: str = "k"
 ) -> None:
-    AuditEvent.objects.bulk_create(
-        AuditEvent(
-            time=NOW - datetime.timedelta(hours=hours_ago),
-            operation="Decrypt",
-            purpose="login",
-            outcome=outcome,
-            key_ref=ref,
-            latency_us=1,
-        )
-        for _ in range(number)
+    AuditHour.objects.create(
+        hour=rollups.hour_of(NOW - datetime.timedelta(hours=hours_ago)),
+        operation="Decrypt",
+        purpose="login",
+        outcome=outcome,
+        key_ref=ref,
+        bucket=0,
+        slot=next(slots),
+        count=number,
     )
 
 
 def parse(html: str) -> ElementTree.Element:
     html = html.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
     return ElementTree.fromstring(html.strip())
+
+
+def table(html: str) -> list[list[str | None]]:
+    return [[cell.text for cell in row] for row in parse(html).iter("tr")]
 
 
 def bars(root: ElementTree.Element) -> dict[str, list[int]]:
@@ -59,32 +68,20 @@ def test_calls_are_counted_by_hour_and_outcome_of_one_key() -> None:
     add(48)  # an hour too old
     add(1, ref="other")
     add(1, "unheard of")
-    hours = charts.calls_by_hour("k", NOW)
-    assert list(hours) == sorted(hours)
-    assert len(hours) == 48
-    found = {hour.hour + 24 * hour.day: dict(c) for hour, c in hours.items() if c}
-    assert found == {
-        21 * 24 + 12: {"success": 2},
-        21 * 24 + 11: {"success": 3, "denied": 1, "error": 1},
-        19 * 24 + 13: {"success": 1},
-    }
-
-
-@pytest.mark.skipif(connection.vendor != "sqlite", reason="of SQLite's own truncation")
-def test_sqlite_truncates_alike_in_another_database_time_zone(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    add(1, number=3)
-    expected = charts.calls_by_hour("k", NOW)
-    monkeypatch.delattr(charts._Hour, "as_sqlite")
-    assert charts.calls_by_hour("k", NOW) == expected
+    with timezone.override("UTC"):
+        rows = table(charts.render("k", NOW))
+    assert rows[1:] == [
+        ["2026-11-21 12:00", "2", "0", "0", "0", "0", "0"],
+        ["2026-11-21 11:00", "3", "0", "0", "0", "1", "1"],
+        ["2026-11-19 13:00", "1", "0", "0", "0", "0", "0"],
+    ]
 
 
 def test_the_chart_is_well_formed_and_says_what_it_shows() -> None:
     add(1, number=3)
     add(2, signals.UNAVAILABLE, 2)
     root = parse(charts.render("k", NOW))
-    svg = root.find(f"{SVG}svg")
+    svg = root.find(f".//{SVG}svg")
     assert svg is not None
     assert svg.attrib["role"] == "img"
     ids = svg.attrib["aria-labelledby"].split()
@@ -112,12 +109,9 @@ def test_a_single_failure_is_seen_among_very_many() -> None:
 def test_the_table_holds_the_same_figures() -> None:
     add(1, number=3)
     add(2, signals.DENIED)
-    rows = [[cell.text for cell in row] for row in parse(charts.render("k", NOW)).iter("tr")]
-    assert rows[0][:2] == ["Hour from", "Success"]
+    assert table(charts.render("k", NOW))[0][:2] == ["Hour from", "Success"]
     with timezone.override("UTC"):
-        rows = [
-            [cell.text for cell in row] for row in parse(charts.render("k", NOW)).iter("tr")
-        ]
+        rows = table(charts.render("k", NOW))
     assert rows[1:] == [
         ["2026-11-21 11:00", "3", "0", "0", "0", "0", "0"],
         ["2026-11-21 10:00", "0", "0", "0", "0", "1", "0"],
@@ -162,3 +156,96 @@ def test_a_strict_content_security_policy_lets_it_pass() -> None:
 )
 def test_axes_end_at_a_round_number(number: int, rounded: int) -> None:
     assert charts._round_up(number) == rounded
+
+
+# --- what the dashboard adds --------------------------------------------------------
+
+HOUR = datetime.timedelta(hours=1)
+
+
+def figures(*latencies_us: int) -> rollups.Figures:
+    buckets = [rollups.bucket_of("Decrypt", us) for us in latencies_us]
+    return rollups.Figures(len(buckets), 0, {each: buckets.count(each) for each in buckets})
+
+
+def draw(series: charts.Series, **options: Any) -> ElementTree.Element:
+    return parse(charts.draw(series, "A title", **options))
+
+
+def test_latencies_reach_from_the_median_to_the_95th_percentile() -> None:
+    with timezone.override("UTC"):
+        found = draw(
+            {
+                NOW - HOUR: {signals.SUCCESS: figures(*[5_000] * 9, 1_000_000)},
+                NOW: {signals.SUCCESS: figures(100_000), signals.DENIED: figures(100_000)},
+            },
+            latency=True,
+        )
+    [long, short] = bars(found)["kms-latency"]
+    assert short == 2
+    p50, p95 = (rollups.middle(rollups.bucket_of("Decrypt", us)) for us in (5_000, 1_000_000))
+    # The scale has three powers of ten.
+    assert abs(long - charts._HEIGHTS[2] * math.log10(p95 / p50) / 3) <= 1
+    texts = [text.text for text in found.iter(f"{SVG}text")]
+    assert "1 ms" in texts and "1,000 ms" in texts
+    rows = [[cell.text for cell in row] for row in found.iter("tr")]
+    assert rows[0][-2:] == ["Median", "95 % within"]
+    assert rows[2][-2:] == [charts.milliseconds(p50), charts.milliseconds(p95)]
+
+
+def test_what_is_no_call_has_no_latency() -> None:
+    found = draw({NOW: {signals.INVALID: rollups.Figures(3, 3)}}, latency=True)
+    assert "kms-latency" not in bars(found)
+    [_, row] = [[cell.text for cell in row] for row in found.iter("tr")]
+    assert row[-2:] == [None, None]
+
+
+def test_marks_are_at_their_moment() -> None:
+    series: charts.Series = {NOW + n * HOUR: {} for n in range(4)}
+    marks = [
+        charts.Mark(NOW + HOUR / 2, "half"),
+        charts.Mark(NOW + 3.5 * HOUR, "in the last"),
+        charts.Mark(NOW - HOUR, "before all"),
+    ]
+    found = draw(series, marks=marks)
+    lines = [g[1] for g in found.iter(f"{SVG}g") if g.attrib.get("class") == "kms-mark"]
+    assert [int(line.attrib["x1"]) - charts._LEFT for line in lines] == [96, 672]
+    assert not list(charts._marks(marks, []))
+    one = charts.Step(NOW, Counter())
+    assert [mark.x for mark in charts._marks(marks[:1], [one])] == [charts._LEFT]
+
+
+@pytest.mark.parametrize("number", [1, 24, 30, 48, 90, 168, 400])
+def test_any_number_of_steps_fits(number: int) -> None:
+    series: charts.Series = {
+        NOW + n * HOUR: {signals.SUCCESS: rollups.Figures(1)} for n in range(number)
+    }
+    found = draw(series, step=rollups.DAY)
+    rects = [
+        (int(rect.attrib["x"]), int(rect.attrib["width"]))
+        for rect in found.iter(f"{SVG}rect")
+        if rect.find(f"{SVG}title") is not None
+    ]
+    assert len(rects) == number
+    for (x, width), (following, _) in itertools.pairwise(rects):
+        assert x + width <= following
+    assert sum(rects[-1]) <= charts._WIDTH
+    ticks = [text for text in found.iter(f"{SVG}text") if "November" in (text.text or "")]
+    assert len(ticks) <= 8
+
+
+def test_bars_and_rows_lead_where_they_are_told() -> None:
+    html = charts.draw(
+        {NOW: {signals.SUCCESS: rollups.Figures(1)}}, "t", url=lambda start: "/?a=1&b=<"
+    )
+    assert html.count('href="/?a=1&amp;b=&lt;"') == 2
+    assert 'tabindex="-1"' in html  # the table's are the ones to step through
+    parse(html)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, ""), (0.0005, "0.5 ms"), (0.001, "1 ms"), (0.0099, "9.9 ms"), (1.5, "1,500 ms")],
+)
+def test_latencies_in_words(seconds: float | None, text: str) -> None:
+    assert charts.milliseconds(seconds) == text

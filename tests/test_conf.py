@@ -78,7 +78,7 @@ def test_keys_that_kms_takes(key: str) -> None:
         ({"PREVIOUS_KEYS": [f"{HOME}:alias/x"]}, "give full key ARNs"),
         ({"PREVIOUS_KEYS": [f"{HOME}:key/x"]}, "neither an alias"),
         ({"FALLBACK_REGIONS": ["eu-west-1"]}, "needs KMS_HASHER['KEY'] as the ARN"),
-        ({"AUDIT": "loud"}, "use one of durable, inline, off"),
+        ({"AUDIT": "loud"}, "use one of durable, buffered, inline, off"),
         ({"AUDIT_STRICT": 1}, "must be of type bool"),
         ({"MODE": None}, "must be of type str"),
         ({"MODE": "mac_in_direct"}, "needs KMS_HASHER['MAC_KEY']"),
@@ -93,6 +93,11 @@ def test_keys_that_kms_takes(key: str) -> None:
         ({"DATA_KEY_CACHE_SECONDS": float("inf")}, "must be 0 or more seconds"),
         ({"DATA_KEY_CACHE_SECONDS": float("nan")}, "must be 0 or more seconds"),
         ({"DATA_KEY_CACHE_SECONDS": False}, "must be of type int or float"),
+        ({"AUDIT_SEAL_KEY": "seals"}, "KMS_HASHER['AUDIT_SEAL_KEY'] holds 'seals'"),
+        ({"AUDIT_CONTEXT_KEY": "x"}, "KMS_HASHER['AUDIT_CONTEXT_KEY'] holds 'x'"),
+        ({"AUDIT_SEAL_HOURS": "24"}, "must be of type int or float"),
+        ({"AUDIT_SEAL_HOURS": -1}, "must be 0 or more hours"),
+        ({"AUDIT_SEAL_HOURS": float("nan")}, "must be 0 or more hours"),
     ],
 )
 def test_settings_that_cannot_work(settings: dict[Any, Any], says: str) -> None:

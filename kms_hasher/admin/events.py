@@ -8,20 +8,25 @@ is answered from the end of an index.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from django.contrib import admin, messages
-from django.core.paginator import Paginator
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.contrib.admin.utils import quote
+from django.core.exceptions import PermissionDenied
 from django.db.models import QuerySet
-from django.http import HttpRequest
-from django.urls import reverse
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
+from django.http.response import HttpResponseBase
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, path, reverse
 from django.utils import formats
-from django.utils.functional import cached_property
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
+from django.views.decorators.http import require_GET
 
 from kms_hasher import encoding, signals
 from kms_hasher.admin.base import ON_PAGE, ReadOnlyAdmin, number, short, time
@@ -32,12 +37,8 @@ if TYPE_CHECKING:
     from django.contrib.admin.views.main import ChangeList
 
     Events = QuerySet[AuditEvent]
-    BasePaginator = Paginator[AuditEvent]
-else:
-    BasePaginator = Paginator
 
-#: How many events can be paged through. To see older ones, a day is chosen.
-MAX_LISTED = 10_000
+EXPORT = "kms_hasher.export_auditevent"
 
 #: How many events are searched for a request id, the newest first, if no day is chosen.
 MAX_SEARCHED = 100_000
@@ -94,30 +95,19 @@ class KeyFilter(_Choice):
         return [(key.ref, str(key)) for key in Key.objects.all()[:ON_PAGE]]
 
 
-class BoundedPaginator(BasePaginator):
-    """Pages through the first `MAX_LISTED` rows and never counts the others."""
-
-    @cached_property
-    def count(self) -> int:
-        rows = cast("Events", self.object_list)
-        return int(rows.order_by()[:MAX_LISTED].count())
-
-
 @admin.register(AuditEvent)
 class AuditEventAdmin(ReadOnlyAdmin):
     list_display = (
         "when",
         "operation",
         "purpose",
-        "outcome_shown",
-        "error",
+        "outcome_and_error",
         "key",
         "stored_password",
         "latency",
     )
     list_filter = (OutcomeFilter, OperationFilter, PurposeFilter, KeyFilter)
     list_max_show_all = 0
-    paginator = BoundedPaginator
     show_facets = admin.ShowFacets.NEVER  # a count over all events for every choice
     show_full_result_count = False
     sortable_by = ()
@@ -144,6 +134,73 @@ class AuditEventAdmin(ReadOnlyAdmin):
         from kms_hasher.admin.event_list import EventList  # Django imports its own as late
 
         return EventList
+
+    def get_urls(self) -> list[URLPattern]:
+        views: dict[str, tuple[Callable[..., HttpResponseBase], str]] = {
+            "dashboard/": (self.dashboard_view, "dashboard"),
+            "export/<slug:name>/": (self.export_view, "export"),
+            "of-user/<path:object_id>/": (self.of_user_view, "of_user"),
+        }
+        own = [
+            path(
+                route,
+                self.admin_site.admin_view(require_GET(view)),
+                name=f"kms_hasher_auditevent_{name}",
+            )
+            for route, (view, name) in views.items()
+        ]
+        return [*own, *super().get_urls()]
+
+    def dashboard_view(self, request: HttpRequest) -> HttpResponse:
+        from kms_hasher.admin import dashboard  # which imports much, and this module
+
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        context = {
+            **self.admin_site.each_context(request),
+            "opts": self.opts,
+            "media": self.media,
+            **dashboard.context(request),
+        }
+        return TemplateResponse(request, "admin/kms_hasher/auditevent/dashboard.html", context)
+
+    def export_view(self, request: HttpRequest, name: str) -> HttpResponseBase:
+        """Send the events that the list shows with the same address, on all of its pages."""
+        from kms_hasher.admin import export
+
+        if not (self.has_view_permission(request) and request.user.has_perm(EXPORT)):
+            raise PermissionDenied
+        if name not in export.FORMATS:
+            raise Http404
+        try:
+            found = self.get_changelist_instance(request).queryset
+        except IncorrectLookupParameters:
+            return HttpResponseRedirect(events_url(e="1"))  # as Django's list does
+        return export.response(request, found, name)
+
+    def of_user_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Lead from a user to the events of the user's present password."""
+        from kms_hasher.admin import user_events
+        from kms_hasher.admin.event_list import OF
+
+        if not self.has_view_permission(request):
+            raise PermissionDenied
+        user = user_events.find(self.admin_site, request, object_id)
+        if user is None:
+            raise Http404
+        try:
+            sub = user_events.sub_of(user)
+        except user_events.NoEvents as why:
+            self.message_user(request, str(why), messages.WARNING)
+            return HttpResponseRedirect(user_events.page(user))
+        return HttpResponseRedirect(events_url(q=sub, **{OF: quote(user.pk)}))
+
+    def changelist_view(
+        self, request: HttpRequest, extra_context: dict[str, Any] | None = None
+    ) -> HttpResponse:
+        exports = ("csv", "jsonl") if request.user.has_perm(EXPORT) else ()
+        context = {**(extra_context or {}), "kms_exports": exports}
+        return super().changelist_view(request, context)
 
     def get_search_results(
         self, request: HttpRequest, queryset: Events, search_term: str
@@ -176,10 +233,13 @@ class AuditEventAdmin(ReadOnlyAdmin):
     def outcome_shown(self, event: AuditEvent) -> SafeString:
         return outcome(event.outcome)
 
-    @admin.display(description=_("error code"))
-    def error(self, event: AuditEvent) -> SafeString:
+    @admin.display(description=_("outcome"))
+    def outcome_and_error(self, event: AuditEvent) -> SafeString:
+        if not event.error_code:
+            return outcome(event.outcome)
         name = event.error_code.removesuffix("Exception")
-        return format_html('<span title="{}">{}</span>', event.error_code, name)
+        code = format_html('<small title="{}">{}</small>', event.error_code, name)
+        return format_html("{} {}", outcome(event.outcome), code)
 
     @admin.display(description=_("key"))
     def key(self, event: AuditEvent) -> SafeString | str:

@@ -166,7 +166,7 @@ class RotationAdmin(ReadOnlyAdmin):
         return format_html(
             '<progress max="1" value="{}" title="{}" aria-label="{}"></progress> {}',
             f"{part:.4f}",
-            figures.progress(run, sums),
+            str(run.get_state_display()) if part == 1 else figures.progress(run, sums),
             gettext("Progress"),
             figures.percent(part),
         )

@@ -1,20 +1,25 @@
 """
 One log line and one row for each `kms_event`, and the key history that follows from them.
 
-Where a row is written depends on `AUDIT` and on the database (see `writer.place`):
+Where a row is written depends on `AUDIT` and on the database (see `places.place`):
 
 durable  On PostgreSQL, MySQL and the like by one background thread per process, on a
          connection of its own: a request that rolls back takes no event with it. The caller
          waits until the row is committed. On SQLite, where a second connection would fight
          with the request's own for the one write lock, on the current connection if it is
          between transactions, and otherwise as soon as one ends.
+buffered By the same thread, but the caller does not wait: events are held in memory and
+         committed together, after a second at the latest. Where too many are held, as when
+         the database is out, the caller waits as in durable. On SQLite it is durable: a
+         thread that writes when it likes makes requests fail with "database is locked".
 inline   On the current connection, within its transaction: for tests. What other threads
          and event loops report waits until a thread with a connection has an event.
 off      Nowhere: log lines only, and no key history.
 
 An event that cannot be written is logged as an error with all it holds, and the call goes
-on, unless `AUDIT_STRICT` is set. An event that waits for the end of a transaction counts as
-written: only the death of the process loses it.
+on, unless `AUDIT_STRICT` is set. An event that waits for the end of a transaction, or is
+held, counts as written: only the death of the process loses it. A strict site's events are
+not held while writing fails: from then on each call waits, and fails.
 """
 
 from __future__ import annotations
@@ -22,9 +27,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import functools
 import json
 import logging
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +40,7 @@ from django.core.signals import request_finished
 from django.db import connections, router, transaction
 
 from kms_hasher import conf, encoding, history, signals
-from kms_hasher.audit import writer
+from kms_hasher.audit import places, store, telemetry, writer
 from kms_hasher.exceptions import AuditError, MalformedHash
 from kms_hasher.models import AuditEvent, Key
 from kms_hasher.signals import Event
@@ -62,31 +69,36 @@ def receive(events: Sequence[Event], **kwargs: Any) -> None:
         return
     place = ""
     try:
-        place = writer.place(settings.audit, AuditEvent)
-        if place == writer.THREAD:
-            writer.submit_and_wait(_write_events, events)
-        elif place == writer.HERE:
-            writer.write_here(AuditEvent, _write_events, events)
+        place = places.place(settings.audit, AuditEvent)
+        if place == places.HELD:
+            failed = functools.partial(_complain, events)
+            writer.hold(store.write, events, failed, strict=settings.audit_strict)
+        elif place == places.THREAD:
+            writer.submit_and_wait(store.write, events)
+        elif place == places.HERE:
+            places.write_here(AuditEvent, store.write, events)
         else:
             _defer(events)
+        if place in (places.HELD, places.LATER):
+            _close_at_the_end_of_children()
     except Exception as error:  # noqa: BLE001  # a broken audit stops no login
         problem = _complain(events, error)
         if settings.audit_strict:
             raise AuditError(problem) from None  # the context may hold a plaintext
     for event in events:
         _note(event, settings.audit)
-    if _pending and place == writer.HERE:
+    if _pending and place == places.HERE:
         flush()
 
 
 def flush() -> None:
     """Write the events that wait for a transaction to end, if this thread can do so now."""
     mode = conf.get().audit
-    if not _pending or writer.place(mode, AuditEvent) != writer.HERE:
+    if not _pending or places.place(mode, AuditEvent) != places.HERE:
         return
     events = _take_pending()
     try:
-        writer.write_here(AuditEvent, _write_events, events)
+        places.write_here(AuditEvent, store.write, events)
     except Exception as error:  # noqa: BLE001
         _complain(events, error)
     for event in events:
@@ -107,6 +119,18 @@ def _flush_if_any(**kwargs: Any) -> None:
             flush()
 
 
+#: Modules that end the processes they have forked without `atexit`.
+_FORKING = ("multiprocessing.util", "billiard.util")
+_finalized: set[str] = set()
+
+
+def _close_at_the_end_of_children() -> None:
+    for name in _FORKING:
+        if name in sys.modules and name not in _finalized:
+            _finalized.add(name)
+            sys.modules[name].Finalize(None, close, exitpriority=0)
+
+
 # --- what is written ----------------------------------------------------------------
 
 
@@ -119,11 +143,12 @@ def _fields(event: Event) -> dict[str, Any]:
         "error_code": event.error_code,
         "key": event.key,
         "requested_key": event.requested_key,
-        "latency_us": _latency_us(event),
+        "latency_us": store.latency_us(event),
         "request_ids": list(event.request_ids),
         "sub": event.sub,
     }
-    return {name: value for name, value in fields.items() if value not in ("", [])}
+    told = {name: value for name, value in fields.items() if value not in ("", [])}
+    return {**told, **telemetry.attributes(event)}
 
 
 def _log(event: Event) -> None:
@@ -131,43 +156,12 @@ def _log(event: Event) -> None:
     if lines.isEnabledFor(level):
         fields = _fields(event)
         with contextlib.suppress(Exception):  # a broken log handler stops no login
-            lines.log(level, "%s", _json(fields), extra={"kms": fields})
+            extra = {"kms": fields, **telemetry.attributes(event)}
+            lines.log(level, "%s", _json(fields), extra=extra)
 
 
 def _json(fields: dict[str, Any]) -> str:
     return json.dumps(fields, separators=(",", ":"))
-
-
-def _latency_us(event: Event) -> int:
-    return max(0, round(event.latency * 1_000_000))
-
-
-def _row(event: Event) -> AuditEvent:
-    try:
-        ref = encoding.key_ref(event.key)
-    except MalformedHash:
-        ref = ""  # an alias, or nothing
-    return AuditEvent(
-        time=event.time,
-        operation=event.operation[:32],
-        purpose=event.purpose[:16],
-        outcome=event.outcome,
-        error_code=event.error_code[:64],
-        key_ref=ref,
-        requested_key=event.requested_key[:320],
-        latency_us=_latency_us(event),
-        request_ids=" ".join(event.request_ids),
-        sub=event.sub,
-    )
-
-
-def _write_events(events: Sequence[Event]) -> None:
-    database = router.db_for_write(AuditEvent)
-    if len(events) == 1:  # one round trip, where a transaction takes three
-        _row(events[0]).save(using=database, force_insert=True)
-    else:
-        rows = AuditEvent.objects.using(database)
-        rows.bulk_create([_row(event) for event in events])
 
 
 def _complain(events: Sequence[Event], error: BaseException | str) -> str:
@@ -225,18 +219,18 @@ def _note(event: Event, mode: str) -> None:
     if arn == event.key and abs(event.time - at) < history.LAST_SEEN_EVERY:
         return
     try:
-        place = writer.place(mode, Key)
-        if place == writer.LATER:
+        place = places.place(mode, Key)
+        if place == places.LATER:
             return
         if mode != "inline":  # what is written inline may be rolled back
             _noted[name] = (event.key, event.time)
-        if place == writer.THREAD:
+        if place in (places.THREAD, places.HELD):
             # Nobody waits for it: the caller's transaction may have locked these rows.
             writer.submit(_write_history, [event]).add_done_callback(
                 lambda done: _forget(event, problem) if (problem := done.exception()) else None
             )
         else:
-            writer.write_here(Key, _write_history, [event])
+            places.write_here(Key, _write_history, [event])
     except Exception as error:  # noqa: BLE001
         _forget(event, error)
 
@@ -279,6 +273,7 @@ def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.Lock()
     _pending.clear()  # the parent's to write
+    _finalized.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

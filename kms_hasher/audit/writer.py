@@ -1,23 +1,24 @@
 """
-The places where events can be written from: here, later, or a thread of its own.
+The thread that writes events, on a connection of its own.
 
-What the thread commits stands, whatever becomes of the transaction of the caller that waits
-for it, and a caller on an event loop, where the ORM refuses to work, may wait for it too.
+What it commits stands, whatever becomes of the transaction of the caller, and a caller on an
+event loop, where the ORM refuses to work, may hand it events too. A caller waits until its
+events are committed, or leaves them: then they are held back for a moment, to be committed
+with others.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
+from typing import NamedTuple
 
-from django.db import InterfaceError, OperationalError, connections, router, transaction
-from django.db.models import Model
+from django.db import InterfaceError, OperationalError, connections
 
 from kms_hasher.signals import Event
 
@@ -27,55 +28,23 @@ WAIT = 5.0
 #: Seconds without an event after which the connection is given up.
 IDLE = 60.0
 
-#: How many logins' events one commit may hold.
-MAX_BATCH = 100
+#: How many events one commit may hold, beyond those of its first call.
+MAX_BATCH = 1_000
 
-HERE, LATER, THREAD = "here", "later", "thread"
+#: Events that nobody waits for are committed once there are so many, or the first of them
+#: has been held for so many seconds. While the database is out they are tried as often.
+FLUSH_SIZE, FLUSH_AGE = 1_000, 1.0
+
+#: How many of them may be held. Beyond that, callers wait.
+MAX_HELD = 10_000
 
 Write = Callable[[Sequence[Event]], None]
 
 
-def place(mode: str, model: type[Model]) -> str:
-    """Return where a row of the model is to be written from now, in that mode of `AUDIT`."""
-    connection = connections[router.db_for_write(model)]
-    sqlite = connection.vendor == "sqlite"
-    if mode == "durable" and not sqlite:
-        return THREAD
-    in_memory = sqlite and connection.is_in_memory_db()  # type: ignore[attr-defined]
-    # A test's transaction, and a database in memory, are out of reach of new connections.
-    bound = in_memory or mode == "inline"
-    if _on_event_loop():
-        return LATER if bound else THREAD
-    if connection.connection is None:
-        main = threading.current_thread() is threading.main_thread()
-        return LATER if bound and not main else HERE
-    between = connection.autocommit and not connection.in_atomic_block
-    return HERE if between or mode == "inline" else LATER
-
-
-def _on_event_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def write_here(model: type[Model], write: Write, events: Sequence[Event]) -> None:
-    """Write on the current thread's connection, and leave the connection as it was."""
-    connection = connections[router.db_for_write(model)]
-    unused = connection.connection is None
-    try:
-        # Within a transaction a savepoint keeps a failure from breaking it.
-        inside = connection.in_atomic_block
-        with transaction.atomic(connection.alias) if inside else contextlib.nullcontext():
-            write(events)
-    finally:
-        if unused:
-            connection.close()
-
-
-_Job = tuple[Sequence[Event], "Future[None]"]
+class _Job(NamedTuple):
+    events: Sequence[Event]
+    future: Future[None]
+    held: bool  # nobody waits
 
 
 class Writer:
@@ -84,7 +53,15 @@ class Writer:
     def __init__(self, write: Write) -> None:
         self._write = write
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._wanted = threading.Event()  # somebody waits, or there is enough to be done
         self._hanging: Future[None] | None = None
+        #: Whether what was written last could not be.
+        self.failing = False
+        # Held events that came and went; each number has one thread that changes it, the
+        # first under `_lock`.
+        self._came = self._went = 0
+        self._late: list[_Job] = []
+        self._out = False  # the database could not be reached
         # A daemon, so that it outlives the threads that need it; close() ends it.
         self._thread = threading.Thread(target=self._run, name="kms_hasher-audit", daemon=True)
         self._thread.start()
@@ -94,7 +71,24 @@ class Writer:
         if self._hanging and not self._hanging.done():
             raise FutureTimeout("the database still does not answer")
         future: Future[None] = Future()
-        self._jobs.put((events, future))
+        self._jobs.put(_Job(events, future, held=False))
+        self._wanted.set()
+        return future
+
+    def hold(self, events: Sequence[Event]) -> Future[None] | None:
+        """
+        Return the same, to be done before long, or None if too many are held.
+
+        While the database is out they go on being held.
+        """
+        held = self._came - self._went + len(events)
+        if held > MAX_HELD:
+            return None
+        future: Future[None] = Future()
+        self._came += len(events)
+        self._jobs.put(_Job(tuple(events), future, held=True))
+        if held >= FLUSH_SIZE and not self._out:
+            self._wanted.set()
         return future
 
     def wait(self, future: Future[None]) -> None:
@@ -113,18 +107,46 @@ class Writer:
     def close(self) -> None:
         """Write what was put and close the connection. Nothing may be put afterwards."""
         self._jobs.put(None)
+        self._wanted.set()
         self._thread.join(WAIT)
+        if self._thread.is_alive():
+            error = FutureTimeout(f"no answer from the database in {WAIT:g} s")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    if job := self._jobs.get_nowait():
+                        self._late.append(job)
+            self._fail([job for job in self._late if job.held], error)
+            self._jobs.put(None)  # taken out with the others
 
     def _run(self) -> None:
         going = True
         while going:
-            jobs = [self._next()]
-            # What came in meanwhile is committed at once: one commit for many calls.
-            while len(jobs) < MAX_BATCH and not self._jobs.empty():
-                jobs.append(self._jobs.get())
-            going = None not in jobs
-            self._commit([j for j in jobs if j and j[1].set_running_or_notify_cancel()])
+            going = self._take()
+            self._late = self._commit(self._late)
+            self._out = bool(self._late)
+        self._fail(self._late, FutureTimeout("the database was out to the end"))
         connections.close_all()
+
+    def _take(self) -> bool:
+        """Add to `_late` what is to be committed now. Return whether there may be more."""
+        going, size = True, 0
+        if not self._late:
+            going = self._add(self._next())
+        if going and all(job.held for job in self._late):
+            self._wanted.wait(FLUSH_AGE)
+        self._wanted.clear()
+        # What came in meanwhile is committed at once: one commit for many calls.
+        while going and size < MAX_BATCH and not self._jobs.empty():
+            going = self._add(self._jobs.get())
+            size += len(self._late[-1].events) if self._late else 0
+        if not self._jobs.empty():
+            self._wanted.set()
+        return going
+
+    def _add(self, job: _Job | None) -> bool:
+        if job and job.future.set_running_or_notify_cancel():
+            self._late.append(job)
+        return job is not None
 
     def _next(self) -> _Job | None:
         try:
@@ -133,21 +155,39 @@ class Writer:
             connections.close_all()
             return self._jobs.get()
 
-    def _commit(self, jobs: Sequence[_Job]) -> None:
+    def _commit(self, jobs: list[_Job]) -> list[_Job]:
+        """Write the events of all jobs. Return those to be tried again."""
         if not jobs:
-            return
+            return []
         try:
-            self._try([event for events, _ in jobs for event in events])
+            self._try([event for job in jobs for event in job.events])
         except Exception as error:  # noqa: BLE001  # raised where the event is waited for
-            if len(jobs) > 1 and not isinstance(error, OperationalError):
-                for job in jobs:  # events that cannot be written fail alone
-                    self._commit([job])
-                return
-            for _, future in jobs:
-                future.set_exception(error)
+            self.failing = True
+            if isinstance(error, (OperationalError, InterfaceError)) and _database_is_out():
+                self._fail([job for job in jobs if not job.held], error)
+                return [job for job in jobs if job.held]
+            if len(jobs) > 1:  # events that cannot be written fail alone
+                half = len(jobs) // 2
+                return self._commit(jobs[:half]) + self._commit(jobs[half:])
+            self._fail(jobs, error)
         else:
-            for _, future in jobs:
-                future.set_result(None)
+            self.failing = False
+            for job in jobs:
+                self._end(job, None)
+        return []
+
+    def _fail(self, jobs: Sequence[_Job], error: BaseException) -> None:
+        for job in jobs:
+            self._end(job, error)
+
+    def _end(self, job: _Job, error: BaseException | None) -> None:
+        if job.held:
+            self._went += len(job.events)
+        with contextlib.suppress(InvalidStateError):  # given up while it was written
+            if error is None:
+                job.future.set_result(None)
+            else:
+                job.future.set_exception(error)
 
     def _try(self, events: Sequence[Event]) -> None:
         stale = False
@@ -166,6 +206,13 @@ class Writer:
             self._write(events)
 
 
+def _database_is_out() -> bool:
+    return any(
+        connection.connection is None or not connection.is_usable()
+        for connection in connections.all(initialized_only=True)
+    )
+
+
 # --- one thread for each way to write, made when it is first needed -----------------
 
 _lock = threading.RLock()
@@ -174,20 +221,45 @@ _writers: dict[Write, Writer] = {}
 
 def submit(write: Write, events: Sequence[Event]) -> Future[None]:
     """Have `write` called with the events, in its own thread."""
-    return _submit(write, events)[1]
+    with _lock:  # nothing is put to a writer that is being closed
+        return _writer(write).put(events)
 
 
 def submit_and_wait(write: Write, events: Sequence[Event]) -> None:
     """Have `write` called with the events in its own thread, and return when it has been."""
-    writer, future = _submit(write, events)
+    with _lock:
+        writer = _writer(write)
+        future = writer.put(events)
     writer.wait(future)
 
 
-def _submit(write: Write, events: Sequence[Event]) -> tuple[Writer, Future[None]]:
-    with _lock:  # nothing is put to a writer that is being closed
-        if write not in _writers:
-            _writers[write] = Writer(write)
-        return _writers[write], _writers[write].put(events)
+def hold(
+    write: Write,
+    events: Sequence[Event],
+    failed: Callable[[BaseException], object],
+    *,
+    strict: bool = False,
+) -> None:
+    """
+    Have `write` called with the events before long; `failed` gets what kept it from being so.
+
+    Where too many are held, or with `strict` while writing fails, it is `submit_and_wait`.
+    """
+    with _lock:
+        writer = _writer(write)
+        future = None if strict and writer.failing else writer.hold(events)
+    if future is None:
+        submit_and_wait(write, events)
+    else:
+        future.add_done_callback(
+            lambda done: failed(problem) if (problem := done.exception()) else None
+        )
+
+
+def _writer(write: Write) -> Writer:
+    if write not in _writers:
+        _writers[write] = Writer(write)
+    return _writers[write]
 
 
 def close_all() -> None:

@@ -8,11 +8,13 @@ login (60 s, then 60 s more), so timeouts, attempts and pool are always set here
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import platform
 import re
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +160,26 @@ class AWSProvider(Operations):
             with process.lock:
                 endpoint = process.endpoints.get(region) or self._connect(process, region)
         return endpoint
+
+    def lookup_events(
+        self, region: str, start: datetime.datetime, end: datetime.datetime
+    ) -> Iterator[object]:
+        """Yield CloudTrail's records of KMS, see `aws_trail.lookup`. Raises `KMSError`."""
+        import boto3
+        from botocore.config import Config
+
+        from kms_hasher.providers import aws_trail
+
+        try:
+            name = self._endpoint(region).region
+            client = boto3.Session(botocore_session=self._process.session).client(
+                "cloudtrail", region_name=name, config=Config(retries={"mode": "standard"})
+            )
+        except Exception as error:  # noqa: BLE001
+            failure = translate(error, operation=aws_trail.OPERATION, key="")
+        else:
+            return aws_trail.lookup(client, start, end)
+        raise failure
 
     def _connect(self, process: _Process, region: str) -> Endpoint:
         import boto3

@@ -38,6 +38,9 @@ class Trial:
         self.answers: dict[str, str] = {}
         self.errors: dict[str, KMSError] = {}
         self._arn, self._kms, self._settings = arn, keyring.kms(purpose), conf.get()
+        self._context = dict(CONTEXT)
+        if self._settings.deployment:
+            self._context["deployment"] = self._settings.deployment
 
     def run(self) -> Trial:
         """Try them all. Raises nothing that KMS answers."""
@@ -56,16 +59,20 @@ class Trial:
 
     def _encrypt(self) -> None:
         key, probe = self._settings.key, os.urandom(PROBE)
-        self._attempt("Encrypt", lambda: self._kms.encrypt(key, probe, CONTEXT, dry_run=True))
+        self._attempt(
+            "Encrypt", lambda: self._kms.encrypt(key, probe, self._context, dry_run=True)
+        )
         made = None
         if self.answers["Encrypt"] == ALLOWED:
-            made = self._attempt("Encrypt", lambda: self._kms.encrypt(key, probe, CONTEXT))
+            made = self._attempt(
+                "Encrypt", lambda: self._kms.encrypt(key, probe, self._context)
+            )
         self._open(made and made.ciphertext)
 
     def _data_key(self) -> None:
         key = self._settings.key
         made = self._attempt(
-            "GenerateDataKey", lambda: self._kms.generate_data_key(key, CONTEXT, PROBE)
+            "GenerateDataKey", lambda: self._kms.generate_data_key(key, self._context, PROBE)
         )
         self._open(made and made.ciphertext)
 
@@ -74,10 +81,10 @@ class Trial:
         if not blob:
             self.answers.update(Decrypt=NOT_CHECKED, ReEncrypt=NOT_CHECKED)
             return
-        self._attempt("Decrypt", lambda: kms.decrypt(arn, blob, CONTEXT, dry_run=True))
+        self._attempt("Decrypt", lambda: kms.decrypt(arn, blob, self._context, dry_run=True))
         self._attempt(
             "ReEncrypt",
-            lambda: kms.re_encrypt(arn, blob, CONTEXT, arn, CONTEXT, dry_run=True),
+            lambda: kms.re_encrypt(arn, blob, self._context, arn, self._context, dry_run=True),
         )
 
     def _mac(self, key: str) -> None:

@@ -6,11 +6,15 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.serializers.json import DjangoJSONEncoder
 
+from kms_hasher import policies
+from kms_hasher.audit import seals, segments
 from kms_hasher.columns import Group
 from kms_hasher.exceptions import KMSHasherError
+from kms_hasher.management.commands._walk import duration
 from kms_hasher.rotation import status
 from kms_hasher.rotation.status import KeyStatus, Status
 
+SEALING_OVERDUE = "The last seal of the audit was made {age} ago: sealing is overdue."
 WRONG = "Something is wrong; problems found: {number}."
 
 
@@ -30,22 +34,44 @@ class Command(BaseCommand):
         parser.add_argument(
             "--json", action="store_true", help="Write one JSON object instead of text."
         )
+        parser.add_argument(
+            "--policy",
+            choices=policies.ROLES,
+            metavar="ROLE",
+            help="Only write the IAM policy and the statements for the key policy that a part "
+            f"of the site needs, as JSON: {', '.join(policies.ROLES)}.",
+        )
+        parser.add_argument(
+            "--principal",
+            default="",
+            metavar="ARN",
+            help="The IAM role that the key policy is to name (default: django-ROLE in the "
+            "key's account).",
+        )
 
     def handle(self, **options: Any) -> None:
         try:
+            if options["policy"]:
+                policy = policies.policy(options["policy"], options["principal"])
+                self.stdout.write(json.dumps(policy, indent=2))
+                return
             found = status.look(permissions=options["permissions"])
         except KMSHasherError as error:
             if options["json"]:
                 self.stdout.write(json.dumps({"ok": False, "problems": [str(error)]}, indent=2))
             raise CommandError(str(error)) from None
+        sealing = seals.state()
+        if sealing.is_overdue:
+            found.problems.append(SEALING_OVERDUE.format(age=_age(sealing)))
         if options["json"]:
-            self.stdout.write(json.dumps(as_json(found), indent=2, cls=DjangoJSONEncoder))
+            told = {**as_json(found), "sealing": _sealing_as_json(sealing)}
+            self.stdout.write(json.dumps(told, indent=2, cls=DjangoJSONEncoder))
         else:
-            self._show(found)
+            self._show(found, sealing)
         if found.problems:
             raise CommandError(WRONG.format(number=len(found.problems)))
 
-    def _show(self, found: Status) -> None:
+    def _show(self, found: Status, sealing: seals.State) -> None:
         write = self.stdout.write
         write(f"KEY {found.key}, provider {found.provider}, mode {found.mode}")
         if key := found.described:
@@ -81,6 +107,12 @@ class Command(BaseCommand):
             write(
                 f"last run: {last}, {last.get_state_display()}, {last.rewritten:,} rewritten, "
                 f"{last.failed:,} bad"
+            )
+        if seal := sealing.last:
+            more = "at least " if sealing.unsealed == segments.COUNTED else ""
+            write(
+                f"last seal: {seal}, {_age(sealing)} ago, root {seal.root}; {more}"
+                f"{sealing.unsealed:,} events since"
             )
         for note in found.notes:
             write(f"Note: {note}")
@@ -149,4 +181,19 @@ def as_json(found: Status) -> dict[str, Any]:
             "failed": last.failed,
             "error": last.error,
         },
+    }
+
+
+def _age(sealing: seals.State) -> str:
+    return duration(sealing.age.total_seconds()) if sealing.age else ""
+
+
+def _sealing_as_json(sealing: seals.State) -> dict[str, Any]:
+    seal = sealing.last
+    return {
+        "sequence": seal.sequence if seal else None,
+        "sealed_at": seal.sealed_at if seal else None,
+        "root": seal.root if seal else None,
+        "unsealed": sealing.unsealed,
+        "is_overdue": sealing.is_overdue,
     }

@@ -1,0 +1,178 @@
+"""
+What ties a seal to KMS, where whoever owns the database cannot reach: a MAC by an HMAC key
+that never leaves KMS, and one Encrypt whose encryption context stands in CloudTrail.
+"""
+
+from __future__ import annotations
+
+import base64
+import hmac
+from collections.abc import Mapping
+from typing import Any
+
+from kms_hasher import conf, encoding, keyring
+from kms_hasher.audit import canonical
+from kms_hasher.encoding import ARN
+from kms_hasher.exceptions import (
+    InvalidCiphertext,
+    InvalidRequest,
+    KeyNotFound,
+    KMSBadResponse,
+    MalformedHash,
+)
+from kms_hasher.models import AuditSeal
+
+NO_MAC = "it has no MAC, though AUDIT_SEAL_KEY names a key"
+NO_ANCHOR = "it has no anchor that could be checked"
+WRONG_MAC = "KMS does not give its MAC for what it says"
+OTHER_KEY = (
+    "its MAC names the key {key}, and AUDIT_SEAL_KEY leads to another; a former key belongs "
+    "into PREVIOUS_KEYS"
+)
+WRONG_CONTEXT = "KMS did not encrypt it under the context of what it says"
+
+#: Bytes of a ciphertext that KMS takes.
+MAX_CIPHERTEXT = 6144
+
+# What else an HMAC key may be asked for never begins like this.
+_MESSAGE = b"kms_hasher audit anchor 1\0"
+
+
+def of_seal(seal: AuditSeal) -> dict[str, str]:
+    """Return new anchors of a seal, by one or two calls to KMS. Raises `KMSError`."""
+    return _make(canonical.seal_digest(seal), _seal_context(seal))
+
+
+def of_pruning(seal: AuditSeal) -> dict[str, str]:
+    """Return new anchors of the statement that all up to the seal was pruned."""
+    return _make(canonical.pruning_digest(seal), _pruning_context(seal))
+
+
+def check_seal(seal: AuditSeal, **options: bool) -> str:
+    """
+    Return what is wrong with the anchors of a seal, or "".
+
+    With `strict` (the default) there must be a MAC if there is a key for it, by that key or one
+    of `PREVIOUS_KEYS`; without, any key in the same account will do, which suffices for a seal
+    that a checked one follows. Without `both`, a good MAC suffices. Raises `KMSError` if KMS
+    cannot tell.
+    """
+    digest, context = canonical.seal_digest(seal), _seal_context(seal)
+    return _check(digest, context, seal.anchors, **options)
+
+
+def check_pruning(seal: AuditSeal) -> str:
+    """Return what is wrong with the anchors of a pruning, or ""; raises as `check_seal`."""
+    digest, context = canonical.pruning_digest(seal), _pruning_context(seal)
+    return _check(digest, context, seal.pruning_anchors)
+
+
+def _seal_context(seal: AuditSeal) -> dict[str, str]:
+    return _context(
+        "audit-seal",
+        sequence=str(seal.sequence),
+        count=str(seal.count),
+        root=seal.root,
+        seal=canonical.seal_digest(seal).hex(),
+    )
+
+
+def _pruning_context(seal: AuditSeal) -> dict[str, str]:
+    digest = canonical.seal_digest(seal).hex()
+    return _context("audit-pruning", sequence=str(seal.sequence), seal=digest)
+
+
+def _context(use: str, **values: str) -> dict[str, str]:
+    context = {"application": "kms_hasher", "use": use, **values}
+    if deployment := conf.get().deployment:
+        context["deployment"] = deployment
+    return context
+
+
+def _make(digest: bytes, context: Mapping[str, str]) -> dict[str, str]:
+    settings, kms = conf.get(), keyring.kms("seal")
+    found: dict[str, str] = {}
+    if settings.audit_seal_key:
+        made = kms.generate_mac(settings.audit_seal_key, _MESSAGE + digest)
+        found.update(mac_key=_ref(made.key_arn), mac=made.mac.hex())
+    sealed = kms.encrypt(settings.audit_context_key or settings.key, digest, context)
+    ciphertext = base64.b64encode(sealed.ciphertext).decode()
+    found.update(context_key=_ref(sealed.key_arn), ciphertext=ciphertext)
+    return found
+
+
+def _check(
+    digest: bytes,
+    context: Mapping[str, str],
+    anchors: object,
+    *,
+    strict: bool = True,
+    both: bool = True,
+) -> str:
+    found: Mapping[str, Any] = anchors if isinstance(anchors, Mapping) else {}
+    has_key = bool(conf.get().audit_seal_key)
+    if has_key and "mac" in found:
+        problem = _check_mac(digest, found, strict)
+        if problem or not both:
+            return problem
+    elif has_key and strict:
+        return NO_MAC
+    if "ciphertext" in found:
+        return _check_ciphertext(digest, context, found, strict)
+    return "" if has_key and "mac" in found else NO_ANCHOR
+
+
+def _check_mac(digest: bytes, found: Mapping[str, Any], strict: bool) -> str:
+    settings = conf.get()
+    name = settings.audit_seal_key
+    try:
+        key_id = encoding.key_id(str(found.get("mac_key")))
+        mac = bytes.fromhex(str(found["mac"]))
+    except ValueError:
+        return WRONG_MAC
+    if not strict:
+        name = _named(name, key_id)
+    for arn in settings.previous_keys:
+        if arn.endswith(f":key/{key_id}"):
+            name = arn
+    made = keyring.kms("verify").generate_mac(name, _MESSAGE + digest)
+    if _ref(made.key_arn) != found["mac_key"]:
+        return OTHER_KEY.format(key=key_id)
+    return "" if hmac.compare_digest(made.mac, mac) else WRONG_MAC
+
+
+def _check_ciphertext(
+    digest: bytes, context: Mapping[str, str], found: Mapping[str, Any], strict: bool
+) -> str:
+    settings = conf.get()
+    try:
+        key_id = encoding.key_id(str(found.get("context_key")))
+        ciphertext = base64.b64decode(str(found["ciphertext"]), validate=True)
+    except ValueError:
+        return WRONG_CONTEXT
+    if not 0 < len(ciphertext) <= MAX_CIPHERTEXT:
+        return WRONG_CONTEXT
+    key = _named(settings.audit_context_key or settings.key, key_id)
+    try:
+        opened = keyring.kms("verify").decrypt(key, ciphertext, context)
+    except KeyNotFound:
+        if not strict:  # it may have been deleted since
+            raise
+        return WRONG_CONTEXT
+    except (InvalidCiphertext, InvalidRequest):  # it, or the key, was put in another's place
+        return WRONG_CONTEXT
+    return "" if hmac.compare_digest(opened.plaintext, digest) else WRONG_CONTEXT
+
+
+def _named(setting: str, key_id: str) -> str:
+    """Return how to ask for a key id: account and Region are the settings', as for hashes."""
+    if setting == conf.get().key:
+        return conf.get().key_for(key_id)
+    return ARN.parse(setting).with_key(key_id) if setting.startswith("arn:") else key_id
+
+
+def _ref(arn: str) -> str:
+    try:
+        return encoding.key_ref(arn)
+    except MalformedHash:
+        raise KMSBadResponse("the answer names no key") from None

@@ -1,0 +1,227 @@
+"""
+The audit and CloudTrail, compared: each call that KMS had is to be one that this site made.
+
+The calls are put into a `workspace` on disk; the events of the same hours are read past them
+in pages, and what they name is marked. What is left over is judged: a call without an event
+is one that this application never made, unless it is somebody else's by its encryption
+context, or an attempt of ours that got no answer. An event without a call is a fault of the
+trail or of the audit, once the trail has long gone past it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from django.db.models import Q
+
+from kms_hasher import conf, signals
+from kms_hasher.audit import alarms, attempts, evidence, findings, holders, workspace
+from kms_hasher.audit.cloudtrail import Call
+from kms_hasher.audit.site import is_ours, of_seconds, seconds_of, utc
+from kms_hasher.audit.trail import LATE, SETTLE, SKEW, Range, Trail
+from kms_hasher.audit.workspace import BY_ID, BY_THE_REST, Workspace
+from kms_hasher.exceptions import ConfigurationError
+from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding
+from kms_hasher.providers.base import OPERATIONS
+
+#: Events read at a time.
+PAGE = 2000
+
+#: Seconds of events that CloudTrail may know nothing of before that is said.
+SILENCE = 2 * 3600
+
+#: How the operations begin that only look.
+LOOKS = ("Describe", "Get", "List")
+
+KINDS = (
+    AuditFinding.Kind.UNKNOWN_CALL,
+    AuditFinding.Kind.UNKNOWN_CHANGE,
+    AuditFinding.Kind.NOT_IN_TRAIL,
+)
+
+AUDIT_IS_OFF = "KMS_HASHER['AUDIT'] is \"off\": there are no events to compare with."
+NOTHING_NAMED = "Name folders or files of CloudTrail, or give --lookup."
+SILENT = (
+    "The last of CloudTrail in {region} is of {last:%Y-%m-%d %H:%M} UTC, and there are later "
+    "events: is the trail still written, and were all of its files fetched?"
+)
+
+
+@dataclass
+class Report:
+    """
+    What became of one comparison, in numbers.
+
+    `records` are all that were read, `calls` those on keys of this site, each once. Of these,
+    `matched` were matched by request id, `attempts` by the rest, and of the others `unknown`
+    were made by nobody here (`new` of them were not known yet), `foreign` have the context
+    of somebody else, `looks` only read what is no secret, `by_aws` AWS made itself,
+    `waiting` are too fresh to be judged and `early` older than the audit. Of `events` read,
+    CloudTrail lacks `missing`, of which `new_missing` were not known. `explained` is what had
+    been found before and turned up since. `holders` are stored passwords that unknown calls
+    were about. `until` says up to when events were looked for, by Region; `errors` what was
+    not read.
+    """
+
+    files: int = 0
+    passed_over: int = 0
+    records: int = 0
+    calls: int = 0
+    duplicates: int = 0
+    matched: int = 0
+    attempts: int = 0
+    unknown: int = 0
+    new: int = 0
+    foreign: int = 0
+    looks: int = 0
+    by_aws: int = 0
+    waiting: int = 0
+    early: int = 0
+    events: int = 0
+    missing: int = 0
+    new_missing: int = 0
+    explained: int = 0
+    holders: int = 0
+    until: dict[str, datetime.datetime] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+
+
+def reconcile(
+    paths: Sequence[str | os.PathLike[str]] = (),
+    *,
+    lookup: bool = False,
+    since: datetime.datetime | None = None,
+    until: datetime.datetime | None = None,
+    now: datetime.datetime | None = None,
+) -> Report:
+    """
+    Compare CloudTrail with the audit, store what does not fit as findings, and report.
+
+    `since` and `until` are aware times: what is outside is not judged, and nothing is
+    remembered of how far it came. Files that cannot be read are in `Report.errors`. Raises
+    `TrailError` for a path that does not exist, `ConfigurationError`, and `KMSError` if a
+    look-up fails.
+    """
+    if conf.get().audit == "off":
+        raise ConfigurationError(AUDIT_IS_OFF)
+    if not paths and not lookup:
+        raise ConfigurationError(NOTHING_NAMED)
+    now = now or datetime.datetime.now(datetime.timezone.utc)
+    given = (None if time is None else workspace.seconds(time) for time in (since, until))
+    with workspace.opened() as space:
+        trail = Trail(space, Range(workspace.seconds(now), *given))
+        if paths:
+            trail.read_files(paths)
+        if lookup:
+            trail.look_up()
+        report = Report()
+        found = [*_match(space, trail, report), *_judge(space, trail.range, report)]
+        report.holders = holders.find()
+        evidence.describe(found)
+        report.errors = [*trail.errors, *trail.gaps(), *_silences(trail)]
+        report.files, report.passed_over = trail.files, trail.passed_over
+        report.records, report.duplicates = trail.records, trail.duplicates
+        report.until = trail.remember()
+    for finding in findings.open_findings(*KINDS).filter(pk__in=set(found)):
+        alarms.give(finding)
+    return report
+
+
+# --- matching -----------------------------------------------------------------------
+
+
+def _match(space: Workspace, trail: Trail, report: Report) -> list[int]:
+    """Read the events of the time past the calls; return findings of those without one."""
+    report.calls, regions = len(space), trail.keys.regions
+    judged = {region: trail.span(region) for region in trail.covered if region in regions}
+    spans = [*space.spans(SKEW), *(span for span in judged.values() if span)]
+    missing = evidence.Missing()
+    # What was found before and may turn up now.
+    before = AuditEvidence.objects.filter(explained_at=None).exists()
+    for page in _events(workspace.merged(sorted(spans))):
+        report.events += len(page)
+        found = space.match([id_ for event in page for id_ in event.request_ids.split()])
+        present = {e.pk for e in page if not found.isdisjoint(e.request_ids.split())}
+        if before:
+            report.explained += evidence.explain_events(present)
+        for event in page:
+            span = judged.get(trail.keys.region_of(event))
+            if event.pk in present or span is None or not _leaves_a_record(event):
+                continue
+            if span[0] < seconds_of(event.time) <= span[1]:
+                missing.add(event)
+    stored, report.new_missing, report.missing = missing.store()
+    attempts.match(space)
+    report.matched, report.attempts = space.matched(BY_ID), space.matched(BY_THE_REST)
+    for event_ids in space.matched_events() if before else ():
+        report.explained += evidence.explain(event_ids)
+    return stored
+
+
+def _events(spans: Iterable[tuple[int, int]]) -> Iterator[list[AuditEvent]]:
+    """Yield the events of the spans that have request ids, by time, in pages."""
+    fields = ("time", "operation", "outcome", "requested_key", "key_ref", "request_ids", "sub")
+    rows = AuditEvent.objects.exclude(request_ids="").only(*fields).order_by("time", "pk")
+    for start, end in spans:
+        inside = rows.filter(time__lte=of_seconds(end))
+        after = Q(time__gte=of_seconds(start))
+        while page := list(inside.filter(after)[:PAGE]):
+            yield page
+            last = page[-1]
+            later = Q(time__gt=last.time) | Q(time=last.time, pk__gt=last.pk)
+            after = Q(time__gte=last.time) & later
+
+
+def _leaves_a_record(event: AuditEvent) -> bool:
+    """Return whether CloudTrail must have the call: of refused ones it has some only."""
+    return event.outcome == signals.SUCCESS and event.operation in OPERATIONS.values()
+
+
+# --- judging ------------------------------------------------------------------------
+
+
+def _judge(space: Workspace, times: Range, report: Report) -> list[int]:
+    """Count the calls that were not matched; return findings of those nobody here made."""
+    first = AuditEvent.objects.order_by("time").values_list("time", flat=True).first()
+    begun = seconds_of(first) - SKEW if first else None
+    unknown = evidence.Unknown()
+    for page in space.unmatched():
+        for call in page:
+            kind = _kind(call, times, begun)
+            setattr(report, kind, getattr(report, kind) + 1)
+            if kind == "unknown":
+                unknown.add(call)
+    stored, report.new = unknown.store()
+    return stored
+
+
+def _kind(call: Call, times: Range, begun: int | None) -> str:
+    """Return which number of the report a call without an event counts for."""
+    at = workspace.seconds(call.time)
+    if call.by_aws:
+        return "by_aws"
+    if call.contexts and not any(map(is_ours, call.contexts)):
+        return "foreign"
+    if call.operation.startswith(LOOKS):
+        return "looks"
+    if at > times.now - SETTLE or (times.until is not None and at > times.until):
+        return "waiting"
+    started = begun if times.since is None else times.since
+    return "early" if started is not None and at < started else "unknown"
+
+
+def _silences(trail: Trail) -> list[str]:
+    """Return a line for each Region in which events go on and CloudTrail does not."""
+    lines = []
+    for region, cover in trail.covered.items():
+        start, end = cover.last + LATE, trail.range.now - SILENCE
+        if trail.range.is_given or region not in trail.keys.regions or start >= end:
+            continue
+        for page in _events([(start, end)]):
+            if any(_leaves_a_record(e) and trail.keys.region_of(e) == region for e in page):
+                lines.append(SILENT.format(region=region, last=utc(cover.last)))
+                break
+    return lines

@@ -1,0 +1,287 @@
+"""
+The audit is closed segment by segment, and each segment sealed: whoever owns the database
+afterwards can change, remove or slip in no event that `verification` does not find.
+
+A segment holds the events with ids above the last one's bound and up to its own, which is cut
+where no event can still come in below (see `horizon`). Times play no part: clocks jump. Its
+seal says the Merkle root of its events, the hash of the seal before and more (see
+`canonical.seal_digest`), and is anchored in KMS (see `anchors`). It is written as one row when
+all of that is done, so that a sealer may be killed at any instant.
+
+A sealer checks the anchors of the seal it follows. So one good anchor, that of the newest
+seal, vouches for all before it, and no rewritten past is made good by a new seal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from typing import NamedTuple
+
+from django.db import IntegrityError, connections, transaction
+from django.utils import timezone
+
+from kms_hasher import conf
+from kms_hasher.audit import anchors, canonical, horizon, segments
+from kms_hasher.exceptions import SealRefused
+from kms_hasher.models import AuditSeal
+
+#: Events of a segment at the most: of so many, tags are held in memory and in one row.
+SEGMENT = 65_536
+
+#: Events that can be admitted to one segment.
+ADMITTED = 1_000
+
+OVERTAKEN = "Another sealer was faster; it seals what there is."
+FORGED = (
+    "The newest seal ({sequence}) cannot be built on: {problem}. Look with verify_kms_audit; "
+    "--unchecked goes on all the same."
+)
+PRUNING_FORGED = (
+    "The audit is said to be pruned up to segment {sequence}, but {problem}. Look with "
+    "verify_kms_audit; --unchecked goes on all the same."
+)
+PRUNING_GONE = "the former pruning, up to segment {sequence}, is no longer told"
+NOT_LATE = "Event {id} cannot be admitted: it is not there, or sealed, or not sealed yet."
+TOO_MANY = "At most {number} events can be admitted at a time."
+NO_SEAL = "There is no seal {sequence}."
+
+logger = logging.getLogger("kms_hasher.audit")
+
+
+# --- sealing ------------------------------------------------------------------------
+
+
+def seal(
+    *,
+    every: int = 1,
+    admit: Sequence[int] = (),
+    unchecked: bool = False,
+    settle: float = horizon.SETTLE,
+    patience: float = horizon.PATIENCE,
+) -> Iterator[AuditSeal]:
+    """
+    Seal all events there are, in as many segments as it takes; yield each seal made.
+
+    Nothing is done while fewer than `every` events wait, unless half of `AUDIT_SEAL_HOURS`
+    has passed since the last seal, and then a segment is closed even if it is empty; the first
+    seal is made as soon as there is an event. `admit` are ids of events that came in after
+    their segment was sealed. Two calls to KMS for each seal, and one for the seal before the
+    first; they leave events, which belong to a later segment.
+
+    Raises `SealRefused`, also where the newest seal is not what KMS vouches for, unless
+    `unchecked`; and `KMSError`.
+    """
+    last = segments.newest()
+    if not admit and not _is_due(last, every):
+        return
+    after = last.last_id if last else canonical.FLOOR
+    end = horizon.find(segments.database(), after, settle=settle, patience=patience)
+    pruned = segments.pruned()
+    if not unchecked:
+        _check(last, pruned)
+    late = _late(admit, last)
+    while True:
+        made = _close(last, end, late, pruned)
+        _log(made)
+        yield made
+        last, late = made, ()
+        if made.last_id >= end:
+            return
+
+
+def _is_due(last: AuditSeal | None, every: int) -> bool:
+    waiting = segments.unsealed(last, limit=every)
+    if last is None or waiting >= every:
+        return waiting > 0
+    hours = conf.get().audit_seal_hours
+    return bool(hours) and timezone.now() - last.sealed_at > _hours(hours / 2)
+
+
+def _check(last: AuditSeal | None, pruned: AuditSeal | None) -> None:
+    """Raise `SealRefused` unless KMS vouches for what the next seal will carry on."""
+    if last is None:
+        return
+    # Where there is a key for MACs, nothing else will do: more people may Encrypt.
+    if problem := anchors.check_seal(last, both=False):
+        raise SealRefused(FORGED.format(sequence=last.sequence, problem=problem))
+    if problem := check_pruning(last, pruned):
+        sequence = pruned.sequence if pruned else 0
+        raise SealRefused(PRUNING_FORGED.format(sequence=sequence, problem=problem))
+
+
+def check_pruning(last: AuditSeal, pruned: AuditSeal | None) -> str:
+    """
+    Return what is wrong with what is said to be pruned, or "".
+
+    A pruning that the newest seal knows of is vouched for by that seal; of a later one KMS is
+    asked. Raises `KMSError` if KMS cannot tell.
+    """
+    sequence = pruned.sequence if pruned else 0
+    if sequence < last.pruned:
+        return PRUNING_GONE.format(sequence=last.pruned)
+    if pruned is None:
+        return ""
+    if sequence == last.pruned and canonical.pruning_hash(pruned) == last.pruning:
+        return ""
+    return anchors.check_pruning(pruned)
+
+
+def _late(admit: Sequence[int], last: AuditSeal | None) -> tuple[int, ...]:
+    """Return the ids, if they are of events that belong to no segment yet."""
+    late = tuple(sorted(set(admit)))
+    if len(late) > ADMITTED:
+        raise SealRefused(TOO_MANY.format(number=ADMITTED))
+    for each in late:
+        if last is None or each > last.last_id or not _is_late(each):
+            raise SealRefused(NOT_LATE.format(id=each))
+    return late
+
+
+def _is_late(id_: int) -> bool:
+    try:
+        is_sealed = segments.is_sealed(id_)
+    except ValueError:  # its segment's leaves are damaged, and tell nothing
+        return False
+    return not is_sealed and segments.all_events().filter(pk=id_).exists()
+
+
+def _close(
+    last: AuditSeal | None, end: int, late: tuple[int, ...], pruned: AuditSeal | None
+) -> AuditSeal:
+    """Make the next segment, of events up to `end`, and its seal."""
+    with _alone(last):
+        after = last.last_id if last else canonical.FLOOR
+        segment = canonical.Segment()
+        for values in segments.events(canonical.VERSION, after, end, late, limit=SEGMENT):
+            segment.add(values)
+        full = segment.count >= SEGMENT
+        made = AuditSeal(
+            sequence=last.sequence + 1 if last else 1,
+            version=canonical.VERSION,
+            sealed_at=timezone.now(),
+            after_id=after,
+            last_id=segment.last_id if full else end,
+            late=" ".join(map(str, late)),
+            count=segment.count,
+            first_time=segment.first_time,
+            last_time=segment.last_time,
+            root=segment.root,
+            leaves_hash=sha256(segment.leaves).hexdigest(),
+            leaves=bytes(segment.leaves),
+            previous=canonical.seal_hash(last) if last else "",
+            pruned=pruned.sequence if pruned else 0,
+            pruning=canonical.pruning_hash(pruned) if pruned else "",
+        )
+        made.anchors = anchors.of_seal(made)
+        try:
+            with transaction.atomic(using=segments.database()):
+                made.save(using=segments.database(), force_insert=True)
+        except IntegrityError:
+            raise SealRefused(OVERTAKEN) from None
+    return made
+
+
+@contextlib.contextmanager
+def _alone(last: AuditSeal | None) -> Iterator[None]:
+    """
+    Keep other sealers out. Raises `SealRefused` where one was faster.
+
+    Two would make anchors for the same sequence in KMS, of which CloudTrail would tell. Where
+    the database locks no rows, and for the first seal, the unique sequence decides.
+    """
+    features = connections[segments.database()].features
+    if last is None or not features.has_select_for_update:
+        yield
+        return
+    skip = features.has_select_for_update_skip_locked
+    with transaction.atomic(using=segments.database()):
+        locked = segments.seals().select_for_update(skip_locked=skip).filter(pk=last.pk).first()
+        found = segments.newest()
+        if locked is None or found is None or found.pk != last.pk:
+            raise SealRefused(OVERTAKEN)
+        yield
+
+
+def _log(made: AuditSeal) -> None:
+    """Tell the log too, which may be kept where the database's owner cannot reach."""
+    said = {
+        "seal": made.sequence,
+        "count": made.count,
+        "root": made.root,
+        "digest": canonical.seal_digest(made).hex(),
+    }
+    with contextlib.suppress(Exception):
+        logger.info("%s", json.dumps(said, separators=(",", ":")), extra={"kms_seal": said})
+
+
+# --- pruning ------------------------------------------------------------------------
+
+
+def prunable_before(cutoff: datetime.datetime) -> int:
+    """
+    Return up to which segment all events are older than `cutoff`, 0 for none.
+
+    An event is at least as old as its seal, whose time is what counts: events have the times of
+    many clocks.
+    """
+    younger = segments.seals().filter(sealed_at__gte=cutoff).order_by("sequence").first()
+    if younger:
+        return younger.sequence - 1
+    last = segments.newest()
+    return last.sequence if last else 0
+
+
+def mark_pruned(upto: int) -> AuditSeal:
+    """
+    Record, here and by anchors in KMS, that the events of the segments up to `upto` are given
+    up; return the seal of the last one. To be called before they are deleted.
+
+    What is to be deleted afterwards, now or after a crash, are `segments.pruned_events` of that
+    seal. If as much was pruned before, nothing is done. The seals stay. Raises `SealRefused`
+    if there is no such segment, and `KMSError`.
+    """
+    found = segments.seals().filter(sequence=upto).first()
+    if found is None:
+        raise SealRefused(NO_SEAL.format(sequence=upto))
+    former = segments.pruned()
+    if former and former.sequence >= upto:
+        return former
+    found.pruned_at = timezone.now()
+    found.pruning_anchors = anchors.of_pruning(found)
+    earlier = segments.seals().filter(sequence__lt=upto)
+    with transaction.atomic(using=segments.database()):
+        found.save(using=segments.database(), update_fields=["pruned_at", "pruning_anchors"])
+        earlier.exclude(pruned_at=None).update(pruned_at=None, pruning_anchors={})
+    if former and not segments.pruned_events(former).exists():
+        earlier.filter(sequence__lte=former.sequence).update(leaves=b"")
+    return found
+
+
+# --- how it stands ------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """`unsealed` counts no further than `COUNTED`; `age` is the time since the last seal."""
+
+    last: AuditSeal | None
+    age: datetime.timedelta | None
+    unsealed: int
+    is_overdue: bool
+
+
+def state() -> State:
+    """Return how sealing stands, by two queries that cost the same however long the audit."""
+    last = segments.newest()
+    age = timezone.now() - last.sealed_at if last else None
+    hours = conf.get().audit_seal_hours
+    overdue = bool(hours) and age is not None and age > _hours(hours)
+    return State(last, age, segments.unsealed(last), overdue)
+
+
+def _hours(number: float) -> datetime.timedelta:
+    return datetime.timedelta(hours=number)

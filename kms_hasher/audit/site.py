@@ -1,0 +1,98 @@
+"""
+What of CloudTrail is this site's: the keys, the contexts, and times as the database has them.
+"""
+
+from __future__ import annotations
+
+import datetime
+from typing import TYPE_CHECKING
+
+from django.conf import settings
+from django.utils import timezone
+
+from kms_hasher import calls, conf, encoding
+from kms_hasher.exceptions import MalformedHash
+from kms_hasher.models import AuditEvent, Key
+
+if TYPE_CHECKING:
+    from kms_hasher.audit.cloudtrail import Call, Context
+
+#: Operations that use a key. All others look at it or change it.
+USES = frozenset(
+    [
+        "Decrypt",
+        "DeriveSharedSecret",
+        "Encrypt",
+        "GenerateDataKey",
+        "GenerateDataKeyPair",
+        "GenerateDataKeyPairWithoutPlaintext",
+        "GenerateDataKeyWithoutPlaintext",
+        "GenerateMac",
+        "ReEncrypt",
+        "Sign",
+        "Verify",
+        "VerifyMac",
+    ]
+)
+
+
+class Keys:
+    """The keys of this site, of the key history and the settings, and their Regions."""
+
+    def __init__(self) -> None:
+        now = conf.get()
+        self._regions = dict(Key.objects.values_list("ref", "region"))
+        named = [now.key, *now.previous_keys]
+        self._refs = {*self._regions, *filter(None, map(key_ref, named))}
+        self._alias = now.alias.rpartition(":")[2]
+        self._home = now.home.region if now.home else str(now.options.get("region") or "")
+        others = {*map(calls.region_of, now.previous_keys), *now.fallback_regions}
+        self.regions = {*self._regions.values(), self._home, *others} - {""}
+
+    def include(self, call: Call) -> bool:
+        """Return whether the call is on a key of this site."""
+        return any(
+            key_ref(key) in self._refs or key.rpartition(":")[2] == self._alias
+            for key in call.keys
+        )
+
+    def region_of(self, event: AuditEvent) -> str:
+        """Return the Region that the call of an event went to, as far as is known."""
+        named = calls.region_of(event.requested_key)
+        return named or self._regions.get(event.key_ref, "") or self._home
+
+
+def is_ours(context: Context) -> bool:
+    """Return whether a context is one that what this deployment has sealed may have."""
+    mine = (context.application, context.deployment) == ("kms_hasher", conf.get().deployment)
+    return mine and context.use != "status"
+
+
+def key_ref(key: str) -> str:
+    """Return the ref of a key id or ARN, "" for all else."""
+    try:
+        return encoding.key_ref(key)
+    except MalformedHash:
+        return ""
+
+
+def utc(at: int) -> datetime.datetime:
+    """Return seconds since 1970 as a time in UTC."""
+    return datetime.datetime.fromtimestamp(at, datetime.timezone.utc)
+
+
+def of_seconds(at: int) -> datetime.datetime:
+    """Return seconds since 1970 as a time for the database."""
+    return of_utc(utc(at))
+
+
+def of_utc(time: datetime.datetime) -> datetime.datetime:
+    """Return an aware time as one for the database."""
+    if settings.USE_TZ:
+        return time
+    return timezone.make_naive(time, timezone.get_default_timezone())
+
+
+def seconds_of(time: datetime.datetime) -> int:
+    """Return a time of the database in seconds since 1970."""
+    return int((timezone.make_aware(time) if timezone.is_naive(time) else time).timestamp())

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.core.serializers.json import DjangoJSONEncoder
+
+from kms_hasher.audit import alarms, findings
+from kms_hasher.exceptions import KMSHasherError
+from kms_hasher.management.commands.reconcile_kms_audit import FAILED, FOUND, NAMED, OPEN
+
+
+class Command(BaseCommand):
+    help = (
+        "Look at the events of the last hour for what a person should see, and mail open "
+        "findings if AUDIT_MAIL_ADMINS is set. For cron. Exit status: 0 no open finding, "
+        "1 failed, 3 there are open findings."
+    )
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument(
+            "--hours",
+            type=float,
+            default=1.0,
+            metavar="N",
+            help="How far to look back; more than the time between two runs (default: 1).",
+        )
+        parser.add_argument(
+            "--json", action="store_true", help="Write one JSON object instead of text."
+        )
+
+    def handle(self, **options: Any) -> None:
+        try:
+            alarms.check(options["hours"])
+            mailed = alarms.mail()
+        except KMSHasherError as error:
+            raise CommandError(str(error), returncode=FAILED) from None
+        found = findings.open_findings()
+        number, listed = found.count(), list(found[:NAMED])
+        if options["json"]:
+            told = {
+                "ok": not number,
+                "open": number,
+                "mailed": mailed,
+                "findings": [findings.as_json(each) for each in listed],
+            }
+            self.stdout.write(json.dumps(told, indent=2, cls=DjangoJSONEncoder))
+        else:
+            for finding in listed:
+                text = f"Finding {finding.pk}: {finding} ({finding.count:,} times)"
+                self.stdout.write(self.style.ERROR(text))
+        if number:
+            raise CommandError(OPEN.format(number=number), returncode=FOUND)

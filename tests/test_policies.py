@@ -1,0 +1,232 @@
+"""Policies for AWS: valid, about this site's keys, and no more than each part needs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from django.contrib.auth.hashers import make_password
+from django.core.management import CommandError, call_command
+from django.utils import timezone
+
+from kms_hasher import history, policies
+from kms_hasher.audit.site import USES
+from kms_hasher.encoding import ARN as Arn
+from kms_hasher.exceptions import ConfigurationError
+from kms_hasher.providers.base import OPERATIONS
+
+REGION, ACCOUNT = "eu-central-1", "111122223333"
+ARN = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1234abcd-12ab-34cd-56ef-1234567890ab"
+OLD = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/2234abcd-12ab-34cd-56ef-1234567890ab"
+ALIAS = f"arn:aws:kms:{REGION}:{ACCOUNT}:alias/passwords"
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture
+def configure(settings: Any) -> Callable[..., None]:
+    def change(**values: Any) -> None:
+        settings.KMS_HASHER = {**settings.KMS_HASHER, **values}
+
+    return change
+
+
+@pytest.fixture
+def site(configure: Callable[..., None]) -> Callable[..., None]:
+    """A site with an alias that was moved from one key to another."""
+    now = timezone.now()
+    configure(KEY=ALIAS, DEPLOYMENT="shop")
+    for arn in (OLD, ARN):
+        history.record_alias(ALIAS, history.record_key(arn, now), now, moved=True)
+    return configure
+
+
+def statements(role: str, part: str = "iam") -> dict[str, dict[str, Any]]:
+    """Return the statements of a role by their Sid, as AWS would read them."""
+    found = json.loads(json.dumps(policies.policy(role)))[part]
+    assert found["Version"] == "2012-10-17"
+    listed = found["Statement"]
+    assert len({each["Sid"] for each in listed}) == len(listed)
+    for each in listed:
+        assert each["Sid"].isalnum() and each["Effect"] == "Allow"
+        assert all(":" in action and "*" not in action for action in each["Action"])
+    return {each["Sid"]: each for each in listed}
+
+
+def actions(role: str, part: str = "iam") -> set[str]:
+    found = statements(role, part).values()
+    return {action.partition(":")[2] for each in found for action in each["Action"]}
+
+
+CONTEXT = {
+    "kms:EncryptionContext:application": "kms_hasher",
+    "kms:EncryptionContext:deployment": "shop",
+    "kms:EncryptionContext:use": ["password", "status"],
+}
+
+
+def test_a_web_server(site: Callable[..., None]) -> None:
+    found = statements("web")
+    assert found["SealPasswords"] == {
+        "Sid": "SealPasswords",
+        "Effect": "Allow",
+        "Action": ["kms:Encrypt"],
+        "Resource": [ARN, OLD],
+        "Condition": {"StringEquals": {**CONTEXT, "kms:RequestAlias": "alias/passwords"}},
+    }
+    assert found["OpenPasswords"]["Action"] == ["kms:Decrypt"]
+    assert found["OpenPasswords"]["Resource"] == [ARN, OLD]
+    assert found["OpenPasswords"]["Condition"] == {"StringEquals": CONTEXT}
+    assert found["RewrapPasswords"]["Condition"] == {"StringEquals": CONTEXT}
+    assert actions("web") == {
+        "Encrypt",
+        "Decrypt",
+        "ReEncryptFrom",
+        "ReEncryptTo",
+        "DescribeKey",
+    }
+
+
+def test_a_web_server_that_does_not_re_wrap(site: Callable[..., None]) -> None:
+    site(REWRAP_ON_LOGIN=False)
+    assert actions("web") == {"Encrypt", "Decrypt", "DescribeKey"}
+
+
+@pytest.mark.parametrize(
+    ("mode", "seal", "opens"),
+    [
+        ("direct", {"Encrypt"}, {"Decrypt"}),
+        ("public_key", {"GetPublicKey"}, {"Decrypt"}),
+        ("envelope", {"GenerateDataKey"}, {"Decrypt"}),
+        ("mac", {"GenerateMac"}, {"GenerateMac"}),
+    ],
+)
+def test_a_sign_up_tier_can_open_nothing_unless_mode_is_mac(
+    site: Callable[..., None], mode: str, seal: set[str], opens: set[str]
+) -> None:
+    site(MODE=mode)
+    assert actions("sign-up") == seal
+    assert opens <= actions("web")
+    for each in statements("web").values():
+        text = json.dumps(each.get("Condition", {}))
+        if mode in ("public_key", "mac"):  # these keys take no context
+            assert "EncryptionContext" not in text
+        if each["Sid"] in ("OpenPasswords", "RewrapPasswords"):
+            assert text != "{}"
+
+
+ALLOWED = {
+    "web": {"Encrypt", "Decrypt", "ReEncryptFrom", "ReEncryptTo", "DescribeKey"},
+    "sign-up": {"Encrypt"},
+    "audit": {"LookupEvents"},
+    "sealing": {"GenerateMac", "Encrypt"},
+    "read-only": {"DescribeKey", "GetKeyRotationStatus"},
+}
+
+
+@pytest.mark.parametrize("role", policies.ROLES)
+def test_no_role_has_more_than_it_needs(site: Callable[..., None], role: str) -> None:
+    found = statements(role)
+    if role in ALLOWED:
+        assert actions(role) == ALLOWED[role]
+    assert not actions(role) & {"PutKeyPolicy", "CreateGrant", "DeleteAlias", "ListKeys"}
+    known = {*OPERATIONS.values(), "ReEncryptFrom", "ReEncryptTo", "TagResource"}
+    assert actions(role) <= known | {"LookupEvents"}
+    for each in found.values():
+        # Whoever uses a key says what for; only what knows no key is about all.
+        used = {action.partition(":")[2] for action in each["Action"]}
+        if used & (USES | {"ReEncryptFrom", "ReEncryptTo"}):
+            assert each["Condition"]["StringEquals"]
+        if each["Resource"] == "*":
+            assert used <= {"CreateKey", "LookupEvents"}
+        elif each["Sid"] != "TagNewKeys":
+            assert set(each["Resource"]) <= {ARN, OLD, ALIAS}
+
+
+def test_only_a_rotation_manages_keys(site: Callable[..., None]) -> None:
+    managing = {"CreateKey", "UpdateAlias", "DisableKey", "ScheduleKeyDeletion"}
+    assert managing < actions("rotation")
+    for role in set(policies.ROLES) - {"rotation"}:
+        assert not actions(role) & managing
+    assert statements("rotation")["MoveAlias"]["Resource"] == [ALIAS, ARN, OLD]
+    assert set(statements("rotation")["DeleteKeys"]["Action"]) == {
+        "kms:ScheduleKeyDeletion",
+        "kms:CancelKeyDeletion",
+    }
+
+
+@pytest.mark.parametrize("role", policies.ROLES)
+def test_a_keys_own_policy_is_about_that_key(site: Callable[..., None], role: str) -> None:
+    found = statements(role, "key")
+    for sid, each in found.items():
+        assert each["Resource"] == "*"
+        assert each["Principal"] == {"AWS": f"arn:aws:iam::{ACCOUNT}:role/django-{role}"}
+        assert each.get("Condition") == statements(role)[sid].get("Condition")
+    assert not {"MakeKeys", "TagNewKeys", "LookUpCalls"} & set(found)
+    named = policies.policy(role, "arn:aws:iam::444455556666:role/web")["key"]["Statement"]
+    assert all(each["Principal"]["AWS"].endswith("role/web") for each in named)
+
+
+def test_replicas_and_keys_left_behind(site: Callable[..., None]) -> None:
+    multi = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/mrk-{'ab' * 16}"
+    elsewhere = ARN.replace(ACCOUNT, "999988887777")
+    site(KEY=multi, FALLBACK_REGIONS=["us-east-1"], PREVIOUS_KEYS=[elsewhere])
+    keys = policies.site().keys
+    assert keys[0] == multi
+    assert set(keys) == {multi, multi.replace(REGION, "us-east-1"), ARN, OLD, elsewhere}
+    assert "kms:RequestAlias" not in json.dumps(policies.policy("web"))
+    assert "UpdateAlias" not in actions("rotation")
+
+
+def test_other_partitions(configure: Callable[..., None]) -> None:
+    configure(KEY=ARN.replace("arn:aws:", "arn:aws-us-gov:"))
+    assert policies.policy("web")["key"]["Statement"][0]["Principal"]["AWS"].startswith(
+        "arn:aws-us-gov:iam::"
+    )
+
+
+def test_kms_is_asked_where_nobody_knows_the_key(key_arn: str) -> None:
+    assert policies.site().keys[0] == key_arn
+    assert policies.site().alias == str(Arn.parse(key_arn)._replace(resource="alias/tests"))
+
+
+def test_a_role_that_there_is_not() -> None:
+    with pytest.raises(ConfigurationError, match="sign-up"):
+        policies.policy("root")
+
+
+def test_the_command_writes_json(site: Callable[..., None]) -> None:
+    out = io.StringIO()
+    call_command("kms_status", "--policy", "web", "--principal", "arn:x", stdout=out)
+    told = json.loads(out.getvalue())
+    assert told == policies.policy("web", "arn:x")
+    with pytest.raises(CommandError):
+        call_command("kms_status", "--policy", "root", stdout=out)
+
+
+def test_what_the_status_tries_is_allowed(
+    configure: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kms_hasher.providers.local import LocalProvider
+    from kms_hasher.rotation import status
+
+    configure(DEPLOYMENT="shop")
+    make_password("secret")
+    contexts = []
+    encrypt = LocalProvider.encrypt
+
+    def spy(self: Any, key: str, plaintext: bytes, context: Any, **kwargs: Any) -> Any:
+        contexts.append(dict(context))
+        return encrypt(self, key, plaintext, context, **kwargs)
+
+    monkeypatch.setattr(LocalProvider, "encrypt", spy)
+    status.look()
+    condition = policies.policy("web")["iam"]["Statement"][0]["Condition"]["StringEquals"]
+    assert contexts
+    for context in contexts:
+        for name, value in context.items():
+            allowed = condition[f"kms:EncryptionContext:{name}"]
+            assert value in ([allowed] if isinstance(allowed, str) else allowed)

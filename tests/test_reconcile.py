@@ -1,0 +1,675 @@
+"""CloudTrail and the audit compared: what one has and the other lacks is found, and no more."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+import random
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.contrib.auth.hashers import make_password
+from django.contrib.auth.models import User
+from django.core.management import CommandError, call_command
+
+from kms_hasher import calls, encoding, history, signals
+from kms_hasher.audit import findings, reconcile
+from kms_hasher.audit.reconcile import Report
+from kms_hasher.exceptions import ConfigurationError, TrailError
+from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, TrailFile, TrailMark
+from tests.trail import ARN, ARN_2, REGION, SITE, THIEF, re_encryption, record, write
+
+pytestmark = pytest.mark.django_db
+
+UTC = datetime.timezone.utc
+START = datetime.datetime(2026, 11, 21, 12, tzinfo=UTC)
+NOW = START + datetime.timedelta(hours=12)
+Kind, Severity = AuditFinding.Kind, AuditFinding.Severity
+
+
+def at(minutes: float) -> datetime.datetime:
+    return START + datetime.timedelta(minutes=minutes)
+
+
+def new_sub() -> str:
+    return uuid.uuid4().hex
+
+
+@pytest.fixture(autouse=True)
+def known_keys() -> None:
+    for arn in (ARN, ARN_2):
+        history.record_key(arn, START)
+
+
+@pytest.fixture
+def configure(settings: Any) -> Callable[..., None]:
+    def change(**values: Any) -> None:
+        settings.KMS_HASHER = {**settings.KMS_HASHER, **values}
+
+    return change
+
+
+def made(time: datetime.datetime, **changes: Any) -> AuditEvent:
+    """Store an event as the recorder would."""
+    values: dict[str, Any] = {
+        "time": time,
+        "operation": "Decrypt",
+        "purpose": "login",
+        "outcome": signals.SUCCESS,
+        "key_ref": encoding.key_ref(ARN),
+        "requested_key": ARN,
+        "latency_us": 12_000,
+        "request_ids": str(uuid.uuid4()),
+        "sub": new_sub(),
+    }
+    return AuditEvent.objects.create(**{**values, **changes})
+
+
+def seen(event: AuditEvent, **changes: Any) -> dict[str, Any]:
+    """Return the record that CloudTrail has of an event."""
+    values = {"sub": event.sub, "request_id": event.request_ids.split()[-1], **changes}
+    return record(event.time, event.operation, **values)
+
+
+def traffic(number: int = 30, start: float = 0, step: float = 1) -> list[dict[str, Any]]:
+    """Make events, one a minute, and return their records."""
+    return [seen(made(at(start + step * each))) for each in range(number)]
+
+
+def compare(folder: Path, **options: Any) -> Report:
+    options.setdefault("now", NOW)
+    return reconcile.reconcile([folder], **options)
+
+
+def unknown() -> set[str]:
+    """Return the `eventID`s of calls that were found to be nobody's."""
+    rows = AuditEvidence.objects.filter(
+        finding__kind__in=[Kind.UNKNOWN_CALL, Kind.UNKNOWN_CHANGE], explained_at=None
+    )
+    return set(rows.values_list("reference", flat=True))
+
+
+# --- both have it -------------------------------------------------------------------
+
+
+def test_what_both_have_is_no_finding(tmp_path: Path) -> None:
+    write(tmp_path, at(40), [*traffic(30), record(at(120), "ListBuckets")])
+    report = compare(tmp_path)
+    assert (report.calls, report.matched, report.events) == (31, 30, 30)
+    assert report.errors == [] and not AuditFinding.objects.exists()
+    assert TrailMark.objects.get().until == at(120) - datetime.timedelta(minutes=30)
+
+
+def test_a_re_encryption_is_one_event(tmp_path: Path) -> None:
+    event = made(at(1), operation="ReEncrypt", key_ref=encoding.key_ref(ARN_2))
+    found = re_encryption(at(1), event.sub, requestID=event.request_ids)
+    write(tmp_path, at(5), [found, seen(made(at(60)))])
+    assert compare(tmp_path).matched == 2
+    assert not AuditFinding.objects.exists()
+
+
+def test_every_attempt_has_its_own_id(tmp_path: Path) -> None:
+    event = made(at(1), request_ids="first second")
+    write(
+        tmp_path,
+        at(5),
+        [
+            seen(event, request_id="first", errorCode="KMSInternalException"),
+            seen(event, request_id="second"),
+        ],
+    )
+    assert compare(tmp_path).matched == 2
+    assert not AuditFinding.objects.exists()
+
+
+def test_records_that_come_twice_are_one(tmp_path: Path) -> None:
+    strange = record(at(2), sub=new_sub(), caller=THIEF)
+    records = [*traffic(), strange]
+    write(tmp_path, at(5), records)
+    write(tmp_path, at(6), records)
+    report = compare(tmp_path)
+    assert (report.duplicates, report.matched, report.unknown) == (31, 30, 1)
+    assert AuditFinding.objects.get().count == 1
+
+
+# --- only in CloudTrail -------------------------------------------------------------
+
+
+def test_a_call_that_nobody_here_made(tmp_path: Path) -> None:
+    user = User.objects.create(username="rose", password=make_password("secret"))
+    sub = encoding.parse(user.password).header.sub
+    strange = record(at(7), sub=sub, caller=THIEF)
+    write(tmp_path, at(10), [*traffic(), strange])
+    report = compare(tmp_path)
+    assert (report.unknown, report.new, report.holders) == (1, 1, 1)
+    finding = AuditFinding.objects.get()
+    assert (finding.kind, finding.severity) == (Kind.UNKNOWN_CALL, Severity.CRITICAL)
+    assert finding.subject == f"Decrypt by {THIEF.rpartition('/')[0]}"
+    assert finding.key_ref == encoding.key_ref(ARN)
+    assert finding.first_seen == finding.last_seen == at(7)
+    assert finding.details == {
+        "source_ips": {"203.0.113.66": 1},
+        "user_agents": {"aws-cli/2.0": 1},
+        "callers": {THIEF: 1},
+        "error_codes": {},
+        "stored_passwords": 1,
+        "accounts": [f"auth.User.password {user.pk}"],
+    }
+    evidence = finding.evidence.get()
+    assert (evidence.reference, evidence.sub) == (strange["eventID"], sub)
+    assert evidence.request_id == strange["requestID"]
+
+
+def test_a_call_by_our_own_role_is_found_as_well(tmp_path: Path) -> None:
+    strange = record(at(7), sub=new_sub(), caller=SITE, sourceIPAddress="203.0.113.9")
+    write(tmp_path, at(10), [*traffic(), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+    assert AuditEvidence.objects.get().holder == ""  # no stored password has it
+
+
+def test_calls_of_one_caller_are_one_finding(tmp_path: Path) -> None:
+    strange = [record(at(7 + n), sub=new_sub(), caller=THIEF) for n in range(20)]
+    refused = record(at(3), sub=new_sub(), caller=THIEF, errorCode="AccessDenied")
+    write(tmp_path, at(10), [*traffic(60), *strange, refused])
+    compare(tmp_path)
+    many, one = AuditFinding.objects.order_by("-count")
+    assert (many.count, one.count) == (20, 1)
+    assert (many.severity, one.severity) == (Severity.CRITICAL, Severity.WARNING)
+    assert (many.first_seen, many.last_seen) == (at(7), at(26))
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({"operation": "DescribeKey"}, "looks"),
+        ({"operation": "GetKeyPolicy"}, "looks"),
+        ({"operation": "RotateKey", "eventType": "AwsServiceEvent"}, "by_aws"),
+        ({"context": {"application": "shop"}}, "foreign"),
+        ({"context": {"application": "kms_hasher", "deployment": "other"}}, "foreign"),
+        ({"context": {"application": "kms_hasher", "use": "status"}}, "foreign"),
+        ({"key": ARN.replace("1234abcd", "9999abcd")}, None),
+    ],
+)
+def test_calls_that_are_no_finding(
+    tmp_path: Path, changes: dict[str, Any], number: str | None
+) -> None:
+    write(tmp_path, at(10), [*traffic(), record(at(7), caller=THIEF, **changes)])
+    report = compare(tmp_path)
+    assert not AuditFinding.objects.exists()
+    assert report.calls == (31 if number else 30)
+    if number:
+        assert getattr(report, number) == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context": {"application": "kms_hasher", "deployment": "mine", "sub": "ab" * 16}},
+        {"context": {}},
+        {"operation": "GenerateMac"},
+        {"operation": "PutKeyPolicy"},
+        {"operation": "CreateGrant"},
+        {
+            "resources": None,
+            "requestParameters": {"keyId": "alias/tests"},
+            "operation": "Encrypt",
+        },
+    ],
+)
+def test_calls_that_are_one(
+    tmp_path: Path, changes: dict[str, Any], configure: Callable[..., None]
+) -> None:
+    configure(DEPLOYMENT="mine")
+    strange = record(at(7), caller=THIEF, **changes)
+    write(tmp_path, at(10), [*traffic_of("mine"), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+
+
+def traffic_of(deployment: str) -> list[dict[str, Any]]:
+    found = []
+    for each in range(10):
+        event = made(at(each))
+        context = {"application": "kms_hasher", "sub": event.sub, "deployment": deployment}
+        found.append(seen(event, context=context))
+    return found
+
+
+def test_what_is_too_fresh_or_too_old_is_not_judged(tmp_path: Path) -> None:
+    old = record(at(-60), sub=new_sub(), caller=THIEF)
+    fresh = record(at(28), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(30), [*traffic(), old, fresh])
+    report = compare(tmp_path, now=at(31))
+    assert (report.early, report.waiting, report.unknown) == (1, 1, 0)
+    report = compare(tmp_path)
+    assert (report.waiting, report.unknown) == (0, 1)
+    assert unknown() == {fresh["eventID"]}
+
+
+# --- attempts without an answer -----------------------------------------------------
+
+
+def timed_out(minutes: float, **changes: Any) -> AuditEvent:
+    """Store the event of a call that got no answer at all."""
+    values = {
+        "outcome": signals.UNAVAILABLE,
+        "error_code": "ReadTimeoutError",
+        "request_ids": "",
+        "latency_us": 4_000_000,
+    }
+    return made(at(minutes), **{**values, **changes})
+
+
+def attempt(event: AuditEvent, seconds: float = -2, **changes: Any) -> dict[str, Any]:
+    time = event.time + datetime.timedelta(seconds=seconds)
+    return record(time, event.operation, sub=event.sub, **changes)
+
+
+def test_attempts_that_got_no_answer_are_ours(tmp_path: Path) -> None:
+    event = timed_out(5)
+    late = made(at(6), latency_us=2_100_000)  # the first timed out, the second did not
+    write(
+        tmp_path,
+        at(10),
+        [*traffic(), attempt(event, -4), attempt(event, -2), seen(late), attempt(late)],
+    )
+    report = compare(tmp_path)
+    assert (report.matched, report.attempts, report.unknown) == (31, 3, 0)
+
+
+def test_a_call_that_never_arrived_is_no_finding(tmp_path: Path) -> None:
+    timed_out(5)
+    made(at(6), outcome=signals.DENIED, error_code="AccessDeniedException")
+    timed_out(7, error_code="KMSCircuitOpen", latency_us=1)
+    write(tmp_path, at(10), [*traffic(), seen(made(at(90)))])
+    report = compare(tmp_path)
+    assert (report.missing, report.unknown) == (0, 0)
+
+
+def test_no_more_calls_than_attempts_hide_behind_an_event(tmp_path: Path) -> None:
+    event = timed_out(5)
+    calls = [attempt(event, -n) for n in range(5)]
+    write(tmp_path, at(10), [*traffic(), *calls])
+    report = compare(tmp_path)
+    assert (report.attempts, report.unknown) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seconds": 30},
+        {"seconds": -60},
+        {"caller": THIEF},
+        {"userAgent": "aws-cli/2.0"},
+        {"key": ARN_2},
+        {"context": {"application": "kms_hasher", "sub": "0" * 32}},
+    ],
+)
+def test_no_call_of_another_hides_behind_an_attempt(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    strange = attempt(timed_out(5), **changes)
+    write(tmp_path, at(10), [*traffic(), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+
+
+def test_no_call_hides_behind_a_login_that_was_answered_at_once(tmp_path: Path) -> None:
+    event = made(at(5))
+    strange = attempt(event, 1)
+    refused = made(at(7), outcome=signals.DENIED, error_code="AccessDeniedException")
+    other = attempt(refused, 1)
+    write(tmp_path, at(10), [*traffic(), seen(event), strange, other])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"], other["eventID"]}
+
+
+def test_no_call_hides_behind_one_that_was_not_made(tmp_path: Path) -> None:
+    strange = attempt(timed_out(5, error_code="KMSCircuitOpen", latency_us=9))
+    parsed = made(at(9), operation="Parse", outcome=signals.INVALID, request_ids="")
+    other = record(at(9), sub=parsed.sub, caller=SITE)
+    write(tmp_path, at(10), [*traffic(), strange, other])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"], other["eventID"]}
+
+
+def test_without_a_sub_operation_key_and_time_decide(tmp_path: Path) -> None:
+    made(at(5), operation="GenerateMac")
+    quick = record(at(5), "GenerateMac")
+    made(at(15), operation="GenerateMac", latency_us=2_100_000)
+    slow = record(at(15), "GenerateMac")
+    write(tmp_path, at(20), [*traffic(), quick, slow])
+    report = compare(tmp_path)
+    assert unknown() == {quick["eventID"]}
+    assert report.attempts == 1
+
+
+# --- only here ----------------------------------------------------------------------
+
+
+def test_events_that_cloudtrail_lacks(tmp_path: Path) -> None:
+    records = traffic(60)
+    lost = [made(at(25)), made(at(26))]
+    write(tmp_path, at(60), [*records, seen(made(at(120)))])
+    report = compare(tmp_path)
+    assert (report.missing, report.new_missing) == (2, 2)
+    finding = AuditFinding.objects.get()
+    assert (finding.kind, finding.severity, finding.count) == (
+        Kind.NOT_IN_TRAIL,
+        Severity.WARNING,
+        2,
+    )
+    assert {e.reference for e in finding.evidence.all()} == {f"event {e.pk}" for e in lost}
+
+
+def test_late_records_are_no_finding(tmp_path: Path) -> None:
+    write(tmp_path, at(60), traffic(60))
+    late = [seen(made(at(40 + n))) for n in range(20)]  # the last half an hour
+    assert compare(tmp_path).missing == 0
+    write(tmp_path, at(75), [*late, *traffic(60, start=60)])
+    report = compare(tmp_path)
+    assert (report.missing, report.unknown) == (0, 0)
+    assert report.matched >= 80
+
+
+def test_what_turns_up_after_all_is_explained(tmp_path: Path) -> None:
+    records = traffic(60)
+    event = made(at(25))
+    write(tmp_path, at(60), [*records, seen(made(at(120)))])
+    compare(tmp_path)
+    assert findings.open_findings().count() == 1
+    write(tmp_path, at(300), [seen(event)])
+    report = compare(tmp_path)
+    assert (report.explained, report.missing, report.unknown) == (1, 0, 0)
+    finding = AuditFinding.objects.get()
+    assert finding.count == 0 and finding.resolved_at and not finding.is_open
+
+
+def test_an_event_that_turns_up_explains_the_call(tmp_path: Path) -> None:
+    strange = record(at(45), sub=new_sub(), request_id="late")
+    write(tmp_path, at(60), [*traffic(60), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+    made(
+        at(45), request_ids="late", sub=strange["requestParameters"]["encryptionContext"]["sub"]
+    )
+    assert compare(tmp_path).explained == 1
+    assert unknown() == set() and not findings.open_findings().exists()
+
+
+def test_the_other_region_is_not_judged(tmp_path: Path) -> None:
+    elsewhere = ARN.replace(REGION, "us-east-1")
+    made(at(25), requested_key=elsewhere)
+    write(tmp_path, at(60), [*traffic(60), seen(made(at(120)))])
+    assert compare(tmp_path).missing == 0
+
+
+def test_a_trail_that_has_gone_silent_is_told(tmp_path: Path) -> None:
+    write(tmp_path, at(30), traffic(30))
+    made(at(200))
+    assert not compare(tmp_path, now=at(210)).errors
+    (error,) = compare(tmp_path, now=at(500)).errors
+    assert "is the trail still written" in error
+    assert not AuditFinding.objects.exists()
+
+
+# --- again and again ----------------------------------------------------------------
+
+
+def test_running_it_again_changes_nothing(tmp_path: Path) -> None:
+    strange = [record(at(7 + n), sub=new_sub(), caller=THIEF) for n in range(20)]
+    made(at(20))
+    write(tmp_path, at(60), [*traffic(60), *strange, seen(made(at(120)))])
+    first = compare(tmp_path)
+    before = list(AuditFinding.objects.order_by("pk").values())
+    for _ in range(2):
+        again = compare(tmp_path)
+        assert (again.new, again.new_missing) == (0, 0)
+        assert list(AuditFinding.objects.order_by("pk").values()) == before
+    assert (first.new, first.new_missing) == (20, 1)
+
+
+def test_files_that_were_compared_are_passed_over(tmp_path: Path) -> None:
+    for hour in range(4):
+        write(tmp_path, at(60 * hour), traffic(60, start=60 * hour))
+    assert (first := compare(tmp_path)).files == 4 and not first.errors
+    assert TrailFile.objects.count() == 3
+    report = compare(tmp_path)
+    assert (report.files, report.passed_over) == (1, 3)
+    assert not AuditFinding.objects.exists() and not report.errors
+
+
+def test_a_file_that_grew_is_read_again(tmp_path: Path) -> None:
+    path = write(tmp_path, at(0), traffic(30), packed=False)
+    write(tmp_path, at(300), traffic(30, start=270))
+    compare(tmp_path)
+    strange = record(at(7), sub=new_sub(), caller=THIEF)
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({"Records": [*whole["Records"], strange]}))
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+
+
+def test_a_day_at_a_time_finds_no_more_than_all_at_once(tmp_path: Path) -> None:
+    strange = []
+    for hour in range(6):
+        odd = record(at(60 * hour + 31.5), sub=new_sub(), caller=THIEF)
+        strange.append(odd)
+        write(tmp_path, at(60 * hour), [*traffic(60, start=60 * hour), odd])
+        report = compare(tmp_path, now=at(60 * hour + 75))
+        assert (report.new, report.missing, report.errors) == (1, 0, [])
+    assert unknown() == {each["eventID"] for each in strange}
+    assert AuditFinding.objects.get().count == 6
+
+
+def test_a_time_that_was_never_read_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "a", at(60), traffic(60))
+    compare(tmp_path / "a")
+    traffic(10, start=100)
+    write(tmp_path / "b", at(400), traffic(60, start=340))
+    (error,) = compare(tmp_path / "b").errors
+    assert "Nothing was read" in error and not AuditFinding.objects.exists()
+
+
+def test_a_range_of_time_is_looked_at_whatever_was(tmp_path: Path) -> None:
+    strange = [record(at(n), sub=new_sub(), caller=THIEF) for n in (5, 35, 55)]
+    write(tmp_path, at(60), [*traffic(60), *strange])
+    write(tmp_path, at(300), traffic(10, start=300))
+    report = compare(tmp_path, since=at(30), until=at(40))
+    assert (report.early, report.waiting) == (1, 1)
+    assert unknown() == {strange[1]["eventID"]}
+    assert not TrailMark.objects.exists() and not TrailFile.objects.exists()
+
+
+def test_what_is_seen_again_after_it_was_acknowledged_is_open_again(tmp_path: Path) -> None:
+    write(tmp_path, at(60), [*traffic(60), record(at(5), sub=new_sub(), caller=THIEF)])
+    compare(tmp_path)
+    finding = AuditFinding.objects.get()
+    assert findings.acknowledge(finding, "rose") and not findings.acknowledge(finding, "tim")
+    compare(tmp_path)
+    assert not findings.open_findings().exists()
+    write(tmp_path, at(61), [record(at(6), sub=new_sub(), caller=THIEF)])
+    compare(tmp_path)
+    assert findings.open_findings().get().count == 2
+
+
+# --- what is wrong with it ----------------------------------------------------------
+
+
+def test_a_damaged_file_is_told_and_the_others_are_compared(tmp_path: Path) -> None:
+    strange = record(at(7), sub=new_sub(), caller=THIEF)
+    first = write(tmp_path, at(10), [*traffic(), strange])
+    second = write(tmp_path, at(5), [record(at(8), sub=new_sub(), caller=THIEF)])
+    second.write_bytes(second.read_bytes()[:-30])
+    (error,) = compare(tmp_path).errors
+    assert error.startswith(str(second)) and first.exists()
+    assert strange["eventID"] in unknown()
+    assert not TrailFile.objects.filter(path=str(second)).exists()
+
+
+def test_hostile_records_are_stored_as_far_as_they_fit(tmp_path: Path) -> None:
+    long = "x" * 9999
+    strange = record(
+        at(7),
+        caller=long,
+        sub=long,
+        eventID=long,
+        requestID="\x00" + long,
+        errorCode=long,
+        userAgent="=cmd|' /C calc'!A0\x1b",
+        sourceIPAddress=["10.0.0.1"],
+    )
+    write(tmp_path, at(10), [*traffic(), strange])
+    assert compare(tmp_path).new == 1
+    assert compare(tmp_path).new == 0
+
+
+@pytest.mark.parametrize(
+    ("paths", "options", "error"),
+    [
+        ((), {}, ConfigurationError),
+        (("/nowhere",), {}, TrailError),
+        ((), {"lookup": True}, ConfigurationError),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    paths: Any, options: Any, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        reconcile.reconcile(paths, **options)
+
+
+def test_without_an_audit_there_is_nothing_to_compare(
+    tmp_path: Path, configure: Callable[..., None]
+) -> None:
+    configure(AUDIT="off")
+    with pytest.raises(ConfigurationError):
+        compare(tmp_path)
+
+
+# --- LookupEvents -------------------------------------------------------------------
+
+
+class Provider:
+    def __init__(self, records: list[Any]) -> None:
+        self.records, self.asked = records, []
+
+    def lookup_events(self, *asked: Any) -> Iterator[Any]:
+        self.asked.append(asked)
+        yield from self.records
+
+
+def test_the_look_up_goes_on_where_it_came_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = at(120)
+    strange = record(at(7), sub=new_sub(), caller=THIEF)
+    provider = Provider([*traffic(), strange, None])
+    monkeypatch.setattr(calls, "provider", lambda: provider)
+    report = reconcile.reconcile(lookup=True, now=now)
+    assert (report.matched, report.new) == (30, 1)
+    assert report.errors == [
+        "LookupEvents in eu-central-1: 1 records are not as CloudTrail writes them."
+    ]
+    assert provider.asked == [(REGION, now - datetime.timedelta(days=1), now)]
+    reconcile.reconcile(lookup=True, now=now)
+    # Up to where events were looked for, and what may be late before it.
+    assert provider.asked[1][1] == at(120 - 5 - 30 - 30)
+
+
+# --- the command --------------------------------------------------------------------
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    out = io.StringIO()
+    try:
+        call_command("reconcile_kms_audit", *arguments, stdout=out, no_color=True)
+    except CommandError as error:
+        return error.returncode, out.getvalue()
+    return 0, out.getvalue()
+
+
+def test_the_exit_status_is_for_monitors(tmp_path: Path) -> None:
+    write(tmp_path, at(30), traffic(30))
+    assert run(str(tmp_path))[0] == 0
+    write(tmp_path, at(31), [record(at(5), sub=new_sub(), caller=THIEF)])
+    for _ in range(2):
+        status, text = run(str(tmp_path))
+        assert status == 3 and "Decrypt by" in text
+    findings.acknowledge(AuditFinding.objects.get(), "rose")
+    assert run(str(tmp_path))[0] == 0
+    (tmp_path / "x.json").write_text("{")
+    assert run(str(tmp_path))[0] == 1
+    assert run("/nowhere")[0] == 1
+
+
+def test_it_speaks_to_machines(tmp_path: Path) -> None:
+    write(tmp_path, at(30), [*traffic(), record(at(5), sub=new_sub(), caller=THIEF)])
+    status, text = run("--json", str(tmp_path))
+    told = json.loads(text)
+    assert status == 3 and not told["ok"]
+    assert (told["matched"], told["unknown"], told["open"]) == (30, 1, 1)
+    assert told["findings"][0]["kind"] == "unknown-call"
+    status, text = run("--json", "/nowhere")
+    assert status == 1 and json.loads(text)["errors"]
+
+
+def test_times_are_in_utc_where_no_zone_is_given(tmp_path: Path) -> None:
+    write(tmp_path, at(30), [*traffic(), record(at(5), sub=new_sub(), caller=THIEF)])
+    assert run(str(tmp_path), "--since", "2026-11-21T12:10:00Z")[0] == 0
+    assert run(str(tmp_path), "--since", "2026-11-21T12:00")[0] == 3
+    with pytest.raises((CommandError, SystemExit)):
+        call_command("reconcile_kms_audit", str(tmp_path), "--until", "noon")
+
+
+# --- many ---------------------------------------------------------------------------
+
+
+def test_all_strange_calls_among_many_and_no_other(
+    tmp_path: Path, django_assert_max_num_queries: Any
+) -> None:
+    chance = random.Random(6)
+    events, records = [], []
+    for number in range(3000):
+        time = at(number / 20)
+        event = AuditEvent(
+            time=time,
+            operation="Decrypt",
+            purpose="login",
+            outcome=signals.SUCCESS,
+            key_ref=encoding.key_ref(ARN),
+            requested_key=ARN,
+            latency_us=9000,
+            request_ids=str(uuid.uuid4()),
+            sub=new_sub(),
+        )
+        lot = chance.random()
+        if lot < 0.01:  # without an answer, and without arriving by half
+            event.outcome, event.request_ids = signals.UNAVAILABLE, ""
+            event.error_code, event.latency_us = "ReadTimeoutError", 4_000_000
+            if lot < 0.005:
+                records.append(attempt(event, -3))
+        elif lot < 0.02:  # a second attempt
+            event.latency_us = 2_050_000
+            records += [attempt(event, -2), seen(event)]
+        else:
+            records.append(seen(event))
+        events.append(event)
+    AuditEvent.objects.bulk_create(events)
+    strange = []
+    for event in chance.sample(events, 100):
+        after = event.time + datetime.timedelta(seconds=chance.uniform(60, 600))
+        caller = chance.choice([SITE, THIEF])
+        strange.append(record(after, sub=event.sub, caller=caller))
+    records += [*strange, *chance.sample(records, 50)]
+    chance.shuffle(records)
+    for start in range(0, len(records), 100):
+        write(tmp_path, at(start), records[start : start + 100])
+    with django_assert_max_num_queries(200):
+        report = compare(tmp_path)
+    assert unknown() == {each["eventID"] for each in strange}
+    assert (report.unknown, report.missing, report.errors) == (100, 0, [])
+    assert report.duplicates == 50

@@ -1,0 +1,141 @@
+"""Pruning: what is old goes, by bounded batches, and nothing else does."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from io import StringIO
+
+import pytest
+from django.core.management import call_command
+from django.core.management.base import CommandError
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
+
+from kms_hasher.audit import retention, rollups, store
+from kms_hasher.models import AuditEvent, AuditHour
+from tests.test_audit import event, subs
+
+DAY = datetime.timedelta(days=1)
+
+pytestmark = pytest.mark.django_db
+
+
+def write(days: float, number: int = 1) -> None:
+    time = timezone.now() - days * DAY
+    store.write([event(time=time, sub=f"{days:g} days") for _ in range(number)])
+
+
+def prune(*args: str) -> tuple[str, str]:
+    out, err = StringIO(), StringIO()
+    call_command("prune_kms_audit", *args, stdout=out, stderr=err)
+    return out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(("batch", "batches"), [(1, 7), (3, 3), (7, 1), (100, 1)])
+def test_what_is_older_goes_by_batches_and_the_rest_stays(batch: int, batches: int) -> None:
+    write(10)
+    write(5, number=5)  # of one microsecond
+    write(4)
+    write(1, number=2)
+    deleted = list(retention.prune(timezone.now() - 2 * DAY, batch))
+    assert (sum(deleted), len(deleted)) == (7, batches)
+    assert max(deleted) <= batch
+    assert subs() == ["1 days", "1 days"]
+
+
+def test_no_statement_deletes_more_than_a_batch_or_names_each_event() -> None:
+    write(5, number=7)
+    with CaptureQueriesContext(connection) as captured:
+        list(retention.prune(timezone.now(), 3))
+    assert max(len(query["sql"]) for query in captured.captured_queries) < 700
+    assert not AuditEvent.objects.exists()
+
+
+def test_rollups_stay() -> None:
+    write(500, number=3)
+    before = rollups.totals(timezone.now() - 501 * DAY)
+    out, err = prune("--older-than", "400d")
+    assert "Deleted 3 events" in out
+    assert "3 of 3 events deleted" in err
+    assert not AuditEvent.objects.exists()
+    assert rollups.totals(timezone.now() - 501 * DAY) == before
+
+
+def test_a_dry_run_says_how_many_and_deletes_none() -> None:
+    write(500, number=3)
+    write(1)
+    out, err = prune("--older-than", "400", "--dry-run")
+    assert (out.startswith("Would delete 3 events"), err) == (True, "")
+    assert AuditEvent.objects.count() == 4
+
+
+def test_json() -> None:
+    write(500, number=3)
+    found = json.loads(prune("--older-than", "400d", "--json", "--batch-size", "2")[0])
+    assert found.pop("before")
+    assert found.pop("merged") in (0, 1)  # whichever slot this process writes to
+    assert found == {"dry_run": False, "events": 3, "kept_unsealed": 0}
+
+
+def test_rollups_of_many_writers_are_merged() -> None:
+    write(500)
+    group = AuditHour.objects.values_list(*store.GROUP[:-1]).get()
+    store.add({(*group, slot): 2 for slot in (11, 12)}, "default")
+    assert "rows of figures into others" in prune("--older-than", "400d")[0]
+    assert AuditHour.objects.get().count == 5
+
+
+def test_events_that_no_seal_covers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    write(500)
+    write(450, number=2)
+    sealed = timezone.now() - 460 * DAY
+    monkeypatch.setattr(retention, "prunable_before", lambda cutoff: min(cutoff, sealed))
+    with pytest.raises(CommandError, match=r"Kept 2 events since .* that no seal covers"):
+        prune("--older-than", "400d")
+    assert subs() == ["450 days", "450 days"]
+    with pytest.raises(CommandError, match="Kept 2 events"):
+        prune("--older-than", "400d", "--dry-run")
+    prune("--older-than", "400d", "--force")
+    assert not AuditEvent.objects.exists()
+    prune("--older-than", "400d")  # none is kept, so there is nothing to say
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--older-than", "0"],
+        ["--older-than", "-3d"],
+        ["--older-than", "4w"],
+        ["--older-than", "400d", "--batch-size", "0"],
+        [],
+    ],
+)
+def test_nonsense_deletes_nothing(args: list[str]) -> None:
+    write(500)
+    with pytest.raises(CommandError):
+        prune(*args)
+    assert AuditEvent.objects.count() == 1
+
+
+def test_the_audit_is_append_only_for_all_others() -> None:
+    write(500)
+    for refused in (
+        AuditEvent.objects.all().delete,
+        AuditEvent.objects.filter(purpose="login").delete,
+        AuditEvent.objects.get().delete,
+        AuditEvent.objects.get().save,
+    ):
+        with pytest.raises(TypeError, match="append-only"):
+            refused()
+
+
+def test_roll_up_counts_what_was_not() -> None:
+    write(3, number=2)
+    AuditHour.objects.all().delete()
+    out, err = StringIO(), StringIO()
+    call_command("roll_up_kms_audit", stdout=out, stderr=err)
+    assert "Counted 2 events of 1 hours." in out.getvalue()
+    assert "2 events" in err.getvalue()
+    assert rollups.totals(timezone.now() - 4 * DAY).count == 2
