@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from django.db.models import Q
+
 from kms_hasher import conf, encoding, history, keyring
 from kms_hasher.exceptions import ConfigurationError, MalformedHash
 from kms_hasher.models import Key
@@ -32,8 +34,11 @@ NO_ARN = (
 SEAL = {"public_key": "kms:GetPublicKey", "envelope": "kms:GenerateDataKey"}
 MAC = "kms:GenerateMac"
 
-#: What blobs are for that these roles make and open: `kms_status` tries what is allowed.
-USES = ("password", "status")
+#: What blobs are for that these roles make and open, by mode, as their encryption context says
+#: it. `kms_status` tries what is allowed.
+STATUS = "status"
+USES = {"envelope": "data-key", "mac_in_direct": "password-mac"}
+PASSWORD = "password"  # noqa: S105  # a use, not a password
 
 #: The modes whose keys take no encryption context, and the condition in its place.
 ALGORITHMS = {
@@ -48,14 +53,23 @@ class Site:
     What the policies are about: all keys of the site by ARN, the present one first.
 
     `alias` is the ARN of the alias, "" if there is none; `mode` and `context` are those of
-    the settings.
+    the settings. `mac_keys` are those that MAC_KEY leads to in `mac_in_direct`; `seal_key` and
+    `context_key` anchor the seals of the audit.
     """
 
     keys: tuple[str, ...]
+    mac_keys: tuple[str, ...]
+    seal_key: str
+    context_key: str
     alias: str
     mode: str
     context: Mapping[str, str]
     rewraps: bool
+    has_public_key: bool = False
+
+    @property
+    def uses(self) -> tuple[str, str]:
+        return USES.get(self.mode, PASSWORD), STATUS
 
     @property
     def key(self) -> encoding.ARN:
@@ -70,13 +84,26 @@ def site() -> Site:
     `ConfigurationError` where no ARN of AWS is known, and `KMSError`.
     """
     settings = conf.get()
-    present = _present(settings)
+    present = _present(settings.key)
     try:
         home = encoding.ARN.parse(present)
     except MalformedHash:
         raise ConfigurationError(NO_ARN) from None
-    known = Key.objects.order_by("-last_seen").values_list("arn", flat=True)
-    keys = dict.fromkeys([present, *known, *settings.previous_keys])
+    rows = Key.objects.order_by("-last_seen")
+    is_hmac = Q(spec__startswith="HMAC")
+    mac_keys: dict[str, None] = {}
+    if settings.mode == "mac_in_direct":
+        macs = rows.filter(is_hmac).values_list("arn", flat=True)
+        mac_keys = dict.fromkeys([_present(settings.mac_key), *macs])
+    known = rows if settings.mode == "mac" else rows.exclude(is_hmac)
+    elsewhere = {
+        _present(name) if name else ""
+        for name in (settings.audit_seal_key, settings.audit_context_key)
+    }
+    listed = [arn for arn in known.values_list("arn", flat=True) if arn not in elsewhere]
+    keys = dict.fromkeys([present, *listed, *settings.previous_keys])
+    for arn in mac_keys:
+        keys.pop(arn, None)
     for key in list(keys):
         keys.update(dict.fromkeys(settings.replicas(key)))
     alias = settings.alias
@@ -85,20 +112,26 @@ def site() -> Site:
     context = {"application": "kms_hasher"}
     if settings.deployment:
         context["deployment"] = settings.deployment
-    return Site(tuple(keys), alias, settings.mode, context, settings.rewrap_on_login)
+    return Site(
+        keys=tuple(keys),
+        mac_keys=tuple(mac_keys),
+        seal_key=_present(settings.audit_seal_key) if settings.audit_seal_key else "",
+        context_key=_present(settings.audit_context_key or settings.key),
+        alias=alias,
+        mode=settings.mode,
+        context=context,
+        rewraps=settings.rewrap_on_login,
+        has_public_key=bool(settings.public_key),
+    )
 
 
-def _present(settings: conf.Conf) -> str:
-    if settings.alias:
-        period = history.current_period(settings.alias)
-        return (
-            period.key.arn
-            if period
-            else keyring.kms("status").describe_key(settings.key).key_arn
-        )
-    if settings.home:
-        return settings.key
-    return keyring.kms("status").describe_key(settings.key).key_arn
+def _present(name: str) -> str:
+    """Return the ARN of the key that a setting names, from the history where it knows it."""
+    if ":key/" in name:
+        return name
+    if period := history.current_period(name):
+        return period.key.arn
+    return keyring.kms("status").describe_key(name).key_arn
 
 
 def policy(role: str, principal: str = "", of: Site | None = None) -> dict[str, Any]:
@@ -128,7 +161,12 @@ def policy(role: str, principal: str = "", of: Site | None = None) -> dict[str, 
                     "Resource": "*",  # in a key policy, this key
                 }
                 for each in statements
-                if not set(found.keys).isdisjoint(each["Resource"])
+                if not {
+                    *found.keys,
+                    *found.mac_keys,
+                    found.seal_key,
+                    found.context_key,
+                }.difference({""}).isdisjoint(each["Resource"])
             ],
         },
     }
@@ -166,24 +204,35 @@ def _sealed(of: Site, *uses: str, alias: bool = False) -> dict[str, dict[str, An
     return {"StringEquals": equal}
 
 
-def _seal(of: Site) -> Statement:
+def _seal(of: Site) -> list[Statement]:
     if of.mode == "public_key":
-        return _allow("SealPasswords", [SEAL["public_key"]], of.keys)
+        if of.has_public_key:  # it is in the settings
+            return []
+        return [_allow("SealPasswords", [SEAL["public_key"]], of.keys)]
     action = MAC if of.mode == "mac" else SEAL.get(of.mode, "kms:Encrypt")
     # By the alias the present key is meant, whichever it is: a moved alias counts at once.
-    return _allow("SealPasswords", [action], of.keys, _sealed(of, *USES, alias=True))
+    condition = _sealed(of, *of.uses, alias=True)
+    return [_allow("SealPasswords", [action], of.keys, condition), *_macs(of)]
 
 
 def _open(of: Site) -> Statement:
     action = MAC if of.mode == "mac" else "kms:Decrypt"
-    return _allow("OpenPasswords", [action], of.keys, _sealed(of, *USES))
+    return _allow("OpenPasswords", [action], of.keys, _sealed(of, *of.uses))
+
+
+def _macs(of: Site) -> list[Statement]:
+    """Return what the inner keys of `mac_in_direct` are asked for, at each password."""
+    if not of.mac_keys:
+        return []
+    condition = {"StringEquals": ALGORITHMS["mac"]}
+    return [_allow("MakeMacs", [MAC], of.mac_keys, condition)]
 
 
 def _rewrap(of: Site) -> list[Statement]:
     if of.mode == "mac":  # it cannot be re-wrapped
         return []
     actions = ["kms:ReEncryptFrom", "kms:ReEncryptTo"]
-    return [_allow("RewrapPasswords", actions, of.keys, _sealed(of, *USES))]
+    return [_allow("RewrapPasswords", actions, of.keys, _sealed(of, *of.uses))]
 
 
 def _describe(of: Site) -> Statement:
@@ -194,12 +243,14 @@ def _describe(of: Site) -> Statement:
 
 
 def _web(of: Site) -> list[Statement]:
-    rewrap = _rewrap(of) if of.rewraps else []
-    return [_seal(of), _open(of), *rewrap, _describe(of)]
+    # Data keys are re-wrapped by the command alone.
+    rewrap = _rewrap(of) if of.rewraps and of.mode != "envelope" else []
+    return [*_seal(of), _open(of), *rewrap, _describe(of)]
 
 
 def _sign_up(of: Site) -> list[Statement]:
-    return [_seal(of)]
+    # What seals by a data key has to have it, and so opens what it has sealed.
+    return [*_seal(of), _open(of)] if of.mode == "envelope" else _seal(of)
 
 
 def _rotation(of: Site) -> list[Statement]:
@@ -230,12 +281,16 @@ def _audit(of: Site) -> list[Statement]:
 
 
 def _sealing(of: Site) -> list[Statement]:
-    equal = {"kms:MacAlgorithm": HMAC_SHA_256}
-    context = {**of.context, "use": "seal"}
+    statements = []
+    if of.seal_key:
+        equal = {"kms:MacAlgorithm": HMAC_SHA_256}
+        statements.append(_allow("SealAudit", [MAC], [of.seal_key], {"StringEquals": equal}))
+    context = {**of.context, "use": ["audit-seal", "audit-pruning"]}
     sealed = {f"kms:EncryptionContext:{name}": value for name, value in context.items()}
+    actions = ["kms:Encrypt", "kms:Decrypt"]  # it checks the seal that it goes on from
     return [
-        _allow("SealAudit", [MAC], of.keys, {"StringEquals": equal}),
-        _allow("AnchorAudit", ["kms:Encrypt"], of.keys, {"StringEquals": sealed}),
+        *statements,
+        _allow("AnchorAudit", actions, [of.context_key], {"StringEquals": sealed}),
     ]
 
 

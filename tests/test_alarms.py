@@ -25,7 +25,7 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from kms_hasher import breaker, calls, encoding, history, signals
-from kms_hasher.audit import alarms, detect, findings, recorder
+from kms_hasher.audit import alarms, detect, findings, recorder, retention, seals
 from kms_hasher.audit.findings import Found
 from kms_hasher.exceptions import KMSConnectionError
 from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, Key
@@ -100,6 +100,7 @@ def made(time: datetime.datetime, number: int = 1, **changes: Any) -> None:
         "latency_us": 9000,
     }
     AuditEvent.objects.bulk_create([AuditEvent(**{**values, **changes}) for _ in range(number)])
+    list(retention.rebuild(time + hours(3)))  # counts them
 
 
 def event(**changes: Any) -> Event:
@@ -355,6 +356,19 @@ def test_other_checks_may_be_added_and_may_fail(
     monkeypatch.setattr(alarms, "CHECKS", [broken, overdue, *alarms.CHECKS])
     assert [each.kind for each in alarms.check(now=NOW)] == [Kind.SEALING_OVERDUE]
     assert "The check broken of the audit failed (LookupError)" in caplog.text
+
+
+def test_sealing_that_is_overdue(kms: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert alarms.check() == []  # a site that does not seal
+    made(timezone.now())
+    list(seals.seal(settle=0))
+    assert alarms.check() == []
+    later = timezone.now() + hours(25)
+    with monkeypatch.context() as patch:
+        patch.setattr(seals.timezone, "now", lambda: later)
+        (finding,) = alarms.check()
+    assert finding.kind == Kind.SEALING_OVERDUE
+    assert finding.subject.startswith("Sealing of the audit is overdue")
 
 
 # --- as it happens ------------------------------------------------------------------

@@ -100,7 +100,8 @@ def test_a_web_server_that_does_not_re_wrap(site: Callable[..., None]) -> None:
     [
         ("direct", {"Encrypt"}, {"Decrypt"}),
         ("public_key", {"GetPublicKey"}, {"Decrypt"}),
-        ("envelope", {"GenerateDataKey"}, {"Decrypt"}),
+        # What seals by a data key has to have it, and so opens what it has sealed.
+        ("envelope", {"GenerateDataKey", "Decrypt"}, {"Decrypt"}),
         ("mac", {"GenerateMac"}, {"GenerateMac"}),
     ],
 )
@@ -122,7 +123,7 @@ ALLOWED = {
     "web": {"Encrypt", "Decrypt", "ReEncryptFrom", "ReEncryptTo", "DescribeKey"},
     "sign-up": {"Encrypt"},
     "audit": {"LookupEvents"},
-    "sealing": {"GenerateMac", "Encrypt"},
+    "sealing": {"Encrypt", "Decrypt"},
     "read-only": {"DescribeKey", "GetKeyRotationStatus"},
 }
 
@@ -144,6 +145,49 @@ def test_no_role_has_more_than_it_needs(site: Callable[..., None], role: str) ->
             assert used <= {"CreateKey", "LookupEvents"}
         elif each["Sid"] != "TagNewKeys":
             assert set(each["Resource"]) <= {ARN, OLD, ALIAS}
+
+
+MAC = ARN.replace("1234abcd", "3234abcd")
+SEALS = ARN.replace("1234abcd", "4234abcd")
+
+
+def test_the_uses_of_each_mode(site: Callable[..., None]) -> None:
+    site(MODE="envelope")
+    found = statements("web")
+    assert "RewrapPasswords" not in found  # data keys are the command's
+    for each, role in ((found["OpenPasswords"], "web"), (statements("rotation"), "rotation")):
+        condition = each if role == "web" else each["RewrapPasswords"]
+        equal = condition["Condition"]["StringEquals"]
+        assert equal["kms:EncryptionContext:use"] == ["data-key", "status"]
+    site(MODE="mac_in_direct", MAC_KEY=MAC)
+    found = statements("web")
+    equal = found["OpenPasswords"]["Condition"]["StringEquals"]
+    assert equal["kms:EncryptionContext:use"] == ["password-mac", "status"]
+    assert found["MakeMacs"]["Action"] == ["kms:GenerateMac"]
+    assert found["MakeMacs"]["Resource"] == [MAC]
+    assert "MakeMacs" in statements("sign-up")
+    assert MAC not in found["OpenPasswords"]["Resource"]
+    assert "MakeMacs" in statements("web", "key")
+
+
+def test_a_sign_up_tier_with_the_public_key_needs_nothing(site: Callable[..., None]) -> None:
+    site(MODE="public_key", KEY=ARN, PUBLIC_KEY="PEM")
+    assert statements("sign-up") == {}
+
+
+def test_sealing_by_keys_of_its_own(site: Callable[..., None]) -> None:
+    now = timezone.now()
+    history.record_key(SEALS, now)  # it has sealed before
+    site(AUDIT_SEAL_KEY=SEALS, AUDIT_CONTEXT_KEY=OLD)
+    found = statements("sealing")
+    assert found["SealAudit"]["Action"] == ["kms:GenerateMac"]
+    assert found["SealAudit"]["Resource"] == [SEALS]
+    assert found["AnchorAudit"]["Resource"] == [OLD]
+    assert found["AnchorAudit"]["Condition"]["StringEquals"]["kms:EncryptionContext:use"] == [
+        "audit-seal",
+        "audit-pruning",
+    ]
+    assert SEALS not in statements("web")["OpenPasswords"]["Resource"]
 
 
 def test_only_a_rotation_manages_keys(site: Callable[..., None]) -> None:

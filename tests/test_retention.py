@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from io import StringIO
+from typing import Any
 
 import pytest
 from django.core.management import call_command
@@ -13,8 +14,10 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from kms_hasher.audit import retention, rollups, store
-from kms_hasher.models import AuditEvent, AuditHour
+from kms_hasher.audit import retention, rollups, seals, store, verification
+from kms_hasher.exceptions import KMSTimeout
+from kms_hasher.models import AppendOnly, AuditEvent, AuditHour
+from kms_hasher.providers.base import Provider
 from tests.test_audit import event, subs
 
 DAY = datetime.timedelta(days=1)
@@ -39,7 +42,7 @@ def test_what_is_older_goes_by_batches_and_the_rest_stays(batch: int, batches: i
     write(5, number=5)  # of one microsecond
     write(4)
     write(1, number=2)
-    deleted = list(retention.prune(timezone.now() - 2 * DAY, batch))
+    deleted = list(retention.prune(retention.prunable(timezone.now() - 2 * DAY), batch))
     assert (sum(deleted), len(deleted)) == (7, batches)
     assert max(deleted) <= batch
     assert subs() == ["1 days", "1 days"]
@@ -47,8 +50,9 @@ def test_what_is_older_goes_by_batches_and_the_rest_stays(batch: int, batches: i
 
 def test_no_statement_deletes_more_than_a_batch_or_names_each_event() -> None:
     write(5, number=7)
+    what = retention.prunable(timezone.now())
     with CaptureQueriesContext(connection) as captured:
-        list(retention.prune(timezone.now(), 3))
+        list(retention.prune(what, 3))
     assert max(len(query["sql"]) for query in captured.captured_queries) < 700
     assert not AuditEvent.objects.exists()
 
@@ -76,7 +80,12 @@ def test_json() -> None:
     found = json.loads(prune("--older-than", "400d", "--json", "--batch-size", "2")[0])
     assert found.pop("before")
     assert found.pop("merged") in (0, 1)  # whichever slot this process writes to
-    assert found == {"dry_run": False, "events": 3, "kept_unsealed": 0}
+    assert found == {
+        "dry_run": False,
+        "events": 3,
+        "kept_unsealed": 0,
+        "up_to_seal": None,
+    }
 
 
 def test_rollups_of_many_writers_are_merged() -> None:
@@ -87,19 +96,80 @@ def test_rollups_of_many_writers_are_merged() -> None:
     assert AuditHour.objects.get().count == 5
 
 
-def test_events_that_no_seal_covers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    write(500)
-    write(450, number=2)
-    sealed = timezone.now() - 460 * DAY
-    monkeypatch.setattr(retention, "prunable_before", lambda cutoff: min(cutoff, sealed))
-    with pytest.raises(CommandError, match=r"Kept 2 events since .* that no seal covers"):
-        prune("--older-than", "400d")
-    assert subs() == ["450 days", "450 days"]
-    with pytest.raises(CommandError, match="Kept 2 events"):
+@pytest.fixture
+def sealed(monkeypatch: pytest.MonkeyPatch, kms: Provider) -> None:
+    """Two segments, of five and of two events, made 450 and 10 days ago; and three events."""
+    for days, number in ((500, 5), (12, 2)):
+        write(days, number=number)
+        at = timezone.now() - (days - 2 if days < 100 else 450) * DAY
+        with monkeypatch.context() as patch:
+            patch.setattr(seals.timezone, "now", lambda at=at: at)
+            list(seals.seal(settle=0))
+    write(480, number=3)  # with an old time, and not sealed
+
+
+def problems() -> list[str]:
+    """What verification finds, but for sealing that is overdue in all of these tests."""
+    steps = verification.verify()
+    try:
+        while True:
+            next(steps)
+    except StopIteration as stop:
+        report: verification.Report = stop.value
+    assert report.unasked is None
+    return [each.text for each in report.findings if each.kind != verification.OVERDUE]
+
+
+@pytest.mark.usefixtures("sealed")
+def test_whole_segments_go_and_what_is_left_can_be_verified() -> None:
+    assert problems() == []
+    before = AuditEvent.objects.count()
+    with pytest.raises(CommandError, match="Kept 3 events"):
         prune("--older-than", "400d", "--dry-run")
+    assert AuditEvent.objects.count() == before
+    with pytest.raises(CommandError, match="Kept 3 events"):
+        prune("--older-than", "400d", "--batch-size", "2")
+    assert subs().count("500 days") == 0
+    assert subs().count("480 days") == 3
+    assert subs().count("12 days") == 2
+    assert problems() == []
+    AuditEvent.objects.filter(sub="12 days").first()  # is there
+    AppendOnly(AuditEvent).filter(sub="12 days")._prune()
+    assert problems()
+
+
+@pytest.mark.usefixtures("sealed")
+def test_by_force_what_no_seal_covers_goes_as_well() -> None:
     prune("--older-than", "400d", "--force")
-    assert not AuditEvent.objects.exists()
+    assert subs().count("480 days") == 0
+    assert subs().count("12 days") == 2
+    assert problems() == []
     prune("--older-than", "400d")  # none is kept, so there is nothing to say
+
+
+@pytest.mark.usefixtures("sealed")
+def test_a_pruning_that_was_killed_is_ended_by_the_next() -> None:
+    what = retention.prunable(timezone.now() - 400 * DAY)
+    assert next(retention.prune(what, 2)) == 2
+    assert problems() == []
+    with pytest.raises(CommandError, match="Kept 3 events"):
+        prune("--older-than", "400d")
+    assert subs().count("500 days") == 0
+    assert problems() == []
+
+
+@pytest.mark.usefixtures("sealed")
+def test_nothing_is_deleted_where_kms_cannot_record_it(
+    kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out(*args: Any, **kwargs: Any) -> None:
+        raise KMSTimeout
+
+    before = AuditEvent.objects.count()
+    monkeypatch.setattr(kms, "encrypt", out)
+    with pytest.raises(CommandError, match="did not answer in time"):
+        prune("--older-than", "400d")
+    assert AuditEvent.objects.exclude(outcome="unavailable").count() == before
 
 
 @pytest.mark.parametrize(

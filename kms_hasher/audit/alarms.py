@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from django.db.models import Q
@@ -23,7 +23,7 @@ from django.dispatch import Signal
 from django.utils import timezone
 
 from kms_hasher import conf, signals
-from kms_hasher.audit import detect, findings, places, site, writer
+from kms_hasher.audit import detect, findings, places, seals, site, writer
 from kms_hasher.audit.findings import Found, Severity
 from kms_hasher.models import AuditFinding
 from kms_hasher.signals import Event
@@ -43,7 +43,9 @@ MAILS = 20
 
 #: What `check` asks, each with the start and the end of the time to look at.
 Check = Callable[[datetime.datetime, datetime.datetime], Iterable[Found]]
-CHECKS: list[Check] = list(detect.CHECKS)
+CHECKS: list[Check] = [*detect.CHECKS, lambda start, end: _sealing()]
+
+OVERDUE = "Sealing of the audit is overdue: the last seal is of {since:%Y-%m-%d %H:%M}."
 
 SUBJECT = "KMS audit: {kind}"
 MAIL = """\
@@ -130,6 +132,14 @@ def mail() -> int:
         else:
             sent += 1
     return sent
+
+
+def _sealing() -> Iterator[Found]:
+    """Return that sealing is overdue; not on a site that has never sealed."""
+    state = seals.state()
+    if state.last and state.is_overdue:
+        since = state.last.sealed_at
+        yield detect.sealing_overdue(since, OVERDUE.format(since=since))
 
 
 def check(hours: float = 1.0, now: datetime.datetime | None = None) -> list[AuditFinding]:

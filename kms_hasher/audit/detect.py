@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from django.db.models import Count, F, Max, Min, Q, QuerySet
-from django.db.models.functions import TruncHour, TruncMinute
+from django.db.models.functions import TruncMinute
 
 from kms_hasher import conf, signals
+from kms_hasher.audit import rollups
 from kms_hasher.audit.findings import Found, Kind, Severity
 from kms_hasher.audit.site import USES, key_ref
 from kms_hasher.models import AliasPeriod, AuditEvent, Key
@@ -110,9 +111,16 @@ def decrypts(
     """
     Return how many Decrypts there were in each hour or minute of a time.
 
-    Those of runs are left out. This is the one place that counts events.
+    Those of runs are left out.
     """
-    trunc = (TruncHour if unit == HOUR else TruncMinute)("time", tzinfo=_utc(start))
+    if unit == HOUR:
+        hours = rollups.series_by("purpose", start, end, latency=False, operation="Decrypt")
+        sums = {
+            hour: sum(each.count for purpose, each in by.items() if purpose not in RUNS)
+            for hour, by in hours.items()
+        }
+        return Counter({hour: number for hour, number in sums.items() if number})
+    trunc = TruncMinute("time", tzinfo=_utc(start))
     rows = _events(start, end, operation="Decrypt").exclude(purpose__in=RUNS)
     counted = rows.annotate(at=trunc).values_list("at").annotate(number=Count("pk")).order_by()
     return Counter(dict(counted))

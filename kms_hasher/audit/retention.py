@@ -10,14 +10,15 @@ from __future__ import annotations
 import datetime
 from collections import Counter
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from django.db import router, transaction
 from django.db.models import F, Q, QuerySet, Sum
 from django.utils import timezone
 
-from kms_hasher.audit import store
+from kms_hasher.audit import seals, segments, store
 from kms_hasher.audit.rollups import bucket_of, hour_of
-from kms_hasher.models import AppendOnly, AuditEvent, AuditHour
+from kms_hasher.models import AppendOnly, AuditEvent, AuditHour, AuditSeal
 
 #: How many events are deleted by one statement.
 BATCH = 5_000
@@ -26,23 +27,57 @@ BATCH = 5_000
 SETTLED = datetime.timedelta(hours=1)
 
 
-def prunable_before(cutoff: datetime.datetime) -> datetime.datetime:
+class Prunable(NamedTuple):
     """
-    Return the time before which events may be pruned: `cutoff`, or an earlier one.
-
-    Where events are sealed, the place to keep those that no seal covers.
+    What may be pruned: of sealed events all up to `seal`, and the `loose` ones that no seal
+    needs; and how many older events are `kept`, as no seal covers them yet.
     """
-    return cutoff
+
+    seal: AuditSeal | None
+    loose: AppendOnly | None
+    kept: int
+
+    @property
+    def number(self) -> int:
+        """How many events that is."""
+        sealed = segments.pruned_events(self.seal).count() if self.seal else 0
+        return int(sealed + (self.loose.count() if self.loose is not None else 0))
 
 
-def prunable(cutoff: datetime.datetime) -> int:
-    """Return how many events are older."""
-    return int(_older(cutoff).count())
+def prunable(cutoff: datetime.datetime, *, force: bool = False) -> Prunable:
+    """
+    Return what may be pruned of the events older than `cutoff`.
+
+    Where the audit is sealed, whole segments go, the oldest first, so that what is left can
+    still be verified; with `force` also what no seal covers yet. An event in a sealed segment
+    that is not older as a whole is kept in any case, and not counted.
+    """
+    newest = segments.newest()
+    older = _older(cutoff)
+    if newest is None:
+        return Prunable(None, older, 0)
+    upto = seals.prunable_before(cutoff)
+    seal = segments.seals().filter(sequence=upto).first()
+    unsealed = older.filter(pk__gt=newest.last_id)
+    if force:
+        return Prunable(seal, unsealed, 0)
+    return Prunable(seal, None, unsealed.count())
 
 
-def prune(cutoff: datetime.datetime, batch: int = BATCH) -> Iterator[int]:
-    """Delete events older than `cutoff`, the oldest first; yield how many in each batch."""
-    events = _older(cutoff).order_by("time", "pk")
+def prune(what: Prunable, batch: int = BATCH) -> Iterator[int]:
+    """
+    Delete the events, the oldest first; yield how many in each batch.
+
+    Of sealed ones it is first recorded, in KMS too, that they are given up. Raises `KMSError`
+    before anything is deleted.
+    """
+    if what.seal:
+        # After a run that was killed, what it had not come to goes as well.
+        seal = seals.mark_pruned(what.seal.sequence)
+        yield from _delete(segments.pruned_events(seal), batch)
+    if what.loose is None:
+        return
+    events = what.loose.order_by("time", "pk")
     while True:
         last = events.values_list("time", "pk")[batch - 1 : batch].first()
         some = events
@@ -55,6 +90,18 @@ def prune(cutoff: datetime.datetime, batch: int = BATCH) -> Iterator[int]:
             yield deleted
         if not last:
             return
+
+
+def _delete(events: QuerySet[AuditEvent], batch: int) -> Iterator[int]:
+    while last := events.order_by("pk").values_list("pk", flat=True)[batch - 1 : batch].first():
+        yield _prune(events.filter(pk__lte=last))
+    if rest := _prune(events):
+        yield rest
+
+
+def _prune(events: QuerySet[AuditEvent]) -> int:
+    pruned = AppendOnly(AuditEvent, query=events.query.chain(), using=events.db)
+    return int(pruned.order_by()._prune())
 
 
 def _older(cutoff: datetime.datetime) -> AppendOnly:

@@ -42,9 +42,11 @@ class Keys:
     def __init__(self) -> None:
         now = conf.get()
         self._regions = dict(Key.objects.values_list("ref", "region"))
-        named = [now.key, *now.previous_keys]
+        keys = (now.key, now.mac_key, now.audit_seal_key, now.audit_context_key)
+        named = [*keys, *now.previous_keys]
         self._refs = {*self._regions, *filter(None, map(key_ref, named))}
-        self._alias = now.alias.rpartition(":")[2]
+        last = {key.rpartition(":")[2] for key in keys}
+        self._aliases = {name for name in last if name.startswith("alias/")}
         self._home = now.home.region if now.home else str(now.options.get("region") or "")
         others = {*map(calls.region_of, now.previous_keys), *now.fallback_regions}
         self.regions = {*self._regions.values(), self._home, *others} - {""}
@@ -52,7 +54,7 @@ class Keys:
     def include(self, call: Call) -> bool:
         """Return whether the call is on a key of this site."""
         return any(
-            key_ref(key) in self._refs or key.rpartition(":")[2] == self._alias
+            key_ref(key) in self._refs or key.rpartition(":")[2] in self._aliases
             for key in call.keys
         )
 

@@ -11,20 +11,23 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.utils import timezone
 
 from kms_hasher.audit import retention
+from kms_hasher.audit.retention import Prunable
+from kms_hasher.exceptions import KMSHasherError
 
 EPILOG = """\
 Examples, of which the second is for cron:
   %(prog)s --older-than 400d --dry-run
   %(prog)s --older-than 400d
 
-Figures by hour, on which the charts stand, stay for good; so do seals. Each batch is a
+Figures by hour, on which the charts stand, stay for good; so do seals. Where the audit is
+sealed, whole segments go, once all of their events are old enough. Each batch is a
 transaction of its own: run it beside logins, end it at any moment, run it again. Exit
-status: 0 done, 1 refused or failed.
+status: 0 done, 1 refused or failed, or events were kept that no seal covers.
 """
 
 UNSEALED = (
-    "Kept {number:,} events since {since:%Y-%m-%d %H:%M:%S} that no seal covers yet. Seal them "
-    "first, or give --force."
+    "Kept {number:,} events that are old enough, but that no seal covers yet. Run "
+    "seal_kms_audit first, or give --force."
 )
 
 
@@ -66,32 +69,36 @@ class Command(BaseCommand):
     def handle(self, **options: Any) -> None:
         if options["batch_size"] < 1:
             raise CommandError("--batch-size must be at least 1.")
-        wanted = timezone.now() - options["older_than"]
-        cutoff = wanted if options["force"] else retention.prunable_before(wanted)
-        number = retention.prunable(cutoff)
-        kept = retention.prunable(wanted) - number if cutoff < wanted else 0
+        cutoff = timezone.now() - options["older_than"]
+        what = retention.prunable(cutoff, force=options["force"])
         result = {
             "dry_run": options["dry_run"],
             "before": cutoff,
-            "events": number,
-            "kept_unsealed": kept,
+            "events": what.number,
+            "up_to_seal": what.seal.sequence if what.seal else None,
+            "kept_unsealed": what.kept,
             "merged": 0,
         }
         if not options["dry_run"]:
-            result |= self._prune(cutoff, number, options["batch_size"])
+            try:
+                result |= self._prune(what, what.number, options["batch_size"])
+            except KMSHasherError as error:
+                raise CommandError(str(error)) from None
         if options["json"]:
             self.stdout.write(json.dumps(result, indent=2, cls=DjangoJSONEncoder))
         else:
             done = "Would delete" if options["dry_run"] else "Deleted"
             self.stdout.write(f"{done} {result['events']:,} events before {cutoff:%Y-%m-%d}.")
+            if what.seal:
+                self.stdout.write(f"Sealed ones go up to seal {what.seal.sequence}.")
             if result["merged"]:
                 self.stdout.write(f"Merged {result['merged']:,} rows of figures into others.")
-        if kept:
-            raise CommandError(UNSEALED.format(number=kept, since=cutoff))
+        if what.kept:
+            raise CommandError(UNSEALED.format(number=what.kept))
 
-    def _prune(self, cutoff: datetime.datetime, total: int, batch: int) -> dict[str, int]:
+    def _prune(self, what: Prunable, total: int, batch: int) -> dict[str, int]:
         deleted = 0
-        for number in retention.prune(cutoff, batch):
+        for number in retention.prune(what, batch):
             deleted += number
             self.stderr.write(f"{deleted:,} of {total:,} events deleted")
         return {"events": deleted, "merged": retention.merge()}
