@@ -45,7 +45,7 @@ def configure(settings: Any) -> Callable[..., None]:
     return change
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hmac_arn(key_arn: str) -> str:
     """The ARN of an HMAC key in the local provider, made once."""
     provider = keyring.provider()
