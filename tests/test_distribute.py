@@ -215,9 +215,20 @@ def test_workers_join_and_messages_come_twice(
     assert "Traceback" not in queue.log()
 
 
+@pytest.fixture(params=BROKERS)
+def own(
+    request: pytest.FixtureRequest, tmp_path: Path, django_db_blocker: Any
+) -> Iterator[Queue]:
+    """A site, a queue and workers that no other test has."""
+    with open_site(tmp_path, django_db_blocker) as site:
+        finish(site("setup", str(USERS)))
+        yield from open_queue(site, request.param)
+
+
 def test_a_move_between_modes_by_workers_with_its_settings(
-    queue: Queue, monkeypatch: pytest.MonkeyPatch
+    own: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    queue = own
     move = ("--distribute=celery", "--json", "--concurrency=4")
     queue.worker()
     with monkeypatch.context() as patch:
@@ -231,7 +242,6 @@ def test_a_move_between_modes_by_workers_with_its_settings(
         assert 0 < result["rewritten"] <= USERS
         assert result["failed"] == 0
         assert json.loads(finish(queue.site("verify")))["modes"] == {"e1": USERS}
-    end(queue.site("rotate", "--to-mode=direct", "--json"))
 
 
 @pytest.mark.parametrize("what", ["pool", "worker", "command"])

@@ -26,7 +26,7 @@ class World:
             good, bad = taken(subject)
             done += good
             for number in range(good + bad):
-                subject.note([event(number < good)])
+                subject.note([GOOD if number < good else BAD])
             self.now += pace.PERIOD
             subject.look()
         return done
@@ -45,6 +45,9 @@ def event(good: bool = True, attempts: int = 1) -> signals.Event:
         outcome=signals.SUCCESS if good else signals.UNAVAILABLE,
         request_ids=("id",) * attempts,
     )
+
+
+GOOD, BAD = event(), event(False)
 
 
 def rate_of(subject: Pace, world: World, seconds: float = 1.0) -> float:

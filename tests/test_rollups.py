@@ -247,7 +247,7 @@ def test_an_hour_that_is_not_over_is_not_counted_again() -> None:
 
 def test_an_hour_whose_events_are_pruned_is_left_as_it_is() -> None:
     write(NOON, NOON + HOUR / 2)
-    list(retention.prune(NOON + HOUR / 4))
+    list(retention.prune(retention.prunable(NOON + HOUR / 4)))
     assert list(retention.rebuild(NOON + DAY)) == []
     assert rollups.totals(NOON, NOON + HOUR).count == 2
 

@@ -126,6 +126,8 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # What is started in the background of a shell inherits that it is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         server = Server(process, port, log)
         started.append(server)

@@ -430,9 +430,10 @@ def test_two_columns_under_one_key_are_tried_once(kms: Provider, settings: Any) 
     twice = SimpleNamespace(
         target=planned.target,
         present=planned.present,
+        rewraps=True,
         rows_by_column=lambda: {column: planned.rows_by_ref(), "b": planned.rows_by_ref()},
     )
-    assert list(permissions.try_re_encrypt(twice).values()) == ["allowed"]  # type: ignore[arg-type]
+    assert list(permissions.try_rows(twice).values()) == ["allowed"]  # type: ignore[arg-type]
 
 
 def test_sealing_for_another_key_is_another_run(kms: Provider) -> None:

@@ -59,7 +59,8 @@ def processes(run: RotationRun, job: Job, options: Options) -> Iterator[Hands]:
 
     def work(run: RotationRun) -> Iterator[None]:
         while sweeps.goes_on(run):
-            if not any(child.is_alive() for child in children):
+            # Each is asked: one that has died has its shard until its status is taken.
+            if not [child for child in children if child.is_alive()]:
                 codes = ", ".join(str(child.exitcode) for child in children)
                 raise WorkerFailed(ALL_ENDED.format(codes=codes))
             time.sleep(sweeps.LOOK)
