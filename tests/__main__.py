@@ -66,7 +66,7 @@ def run(*command: str, **env: str) -> int:
 
 def main(arguments: list[str]) -> int:
     databases = {"SQLite": "sqlite://:memory:"}
-    missing = []
+    missing: list[str] = []
     for name, (url, connect) in SERVERS.items():
         try:
             connect(url)
@@ -90,8 +90,11 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print("\n=== coverage ===", flush=True)
         run(*coverage, "report", "--skip-covered")
-        gate = (f"--include={FULLY_COVERED}", f"--omit={NOT_EVERYWHERE}")
-        if run(*coverage, "report", "--fail-under=100", "-m", *gate):
+        gate = [f"--include={FULLY_COVERED}", f"--omit={NOT_EVERYWHERE}", "-m"]
+        # Some of it is for one kind of database, so that all of it takes all of them.
+        if set(databases) == {"SQLite", *SERVERS}:
+            gate.append("--fail-under=100")
+        if run(*coverage, "report", *gate):
             failed.append("coverage")
 
     for reason in missing:

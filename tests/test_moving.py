@@ -29,7 +29,17 @@ from kms_hasher import exceptions as errors
 from kms_hasher.models import DataKey, Key, RotationRun
 from kms_hasher.modes import public_key
 from kms_hasher.providers.base import Provider
-from kms_hasher.rotation import costs, engine, jobs, plan, rotate, runs, sweeps, workers
+from kms_hasher.rotation import (
+    costs,
+    engine,
+    jobs,
+    plan,
+    rotate,
+    runs,
+    sweeps,
+    verify,
+    workers,
+)
 from kms_hasher.rotation.engine import Options
 from kms_hasher.signals import Event, kms_event
 from tests.modes import make_keys
@@ -1138,3 +1148,41 @@ def test_a_mac_of_a_hasher_that_is_not_listed_waits_too(enter: Enter, settings: 
 def test_what_a_sealing_hasher_of_the_sites_own_makes_is_no_stock_hash() -> None:
     User.objects.create(username="anna", password="own$hash")
     assert not jobs.stock(User.objects.all(), "password", ["kms_own"]).exists()
+
+
+# --- what is seldom -------------------------------------------------------------------
+
+
+def test_a_mac_by_a_hasher_that_is_not_listed_is_left_to_its_user(enter: Enter) -> None:
+    enter("mac")
+    (user,) = make_users(1)
+    enter("direct")
+    # No query leaves it out, for its hasher is none of the site's.
+    assert jobs.Convert("direct").task(user.password) is None
+
+
+def test_verifying_tells_what_a_move_has_left(enter: Enter, kms: Provider) -> None:
+    enter("direct")
+    make_users(2)
+    enter("envelope")
+    make_users_named("later", 1)
+    *_, found = verify.verify(
+        kms.describe_key("alias/tests"), options=Options(), to_mode="envelope"
+    )
+    assert sum(found.others.values()) == 2
+    assert not found.is_complete
+
+
+def make_users_named(name: str, number: int) -> None:
+    User.objects.bulk_create(
+        User(username=f"{name}{index}", password=make_password("pw")) for index in range(number)
+    )
+
+
+def test_nothing_is_unwrapped_that_nobody_could_read(enter: Enter, settings: Any) -> None:
+    enter("direct")
+    make_users(1)
+    sealing = settings.PASSWORD_HASHERS[0]
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.PBKDF2PasswordHasher", sealing]
+    _, err = call("unwrap_passwords", status=1)
+    assert "'argon2' inside, which PASSWORD_HASHERS does not list" in err
