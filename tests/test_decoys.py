@@ -72,6 +72,7 @@ def test_unknown_names_are_spread_over_the_data_keys(
     assert calls()[before:] == opened  # a name has its own, as a user has
 
 
+@pytest.mark.django_db(transaction=True)  # data keys are committed beside the test otherwise
 def test_a_name_costs_queries_and_calls_as_a_user_does(
     settings: Any,
     calls: Callable[[], list[str]],
