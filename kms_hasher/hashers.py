@@ -64,7 +64,7 @@ class SealingPasswordHasher(django_hashers.BasePasswordHasher):
 
     algorithm: str
 
-    @sensitive_variables("password", "digest")
+    @sensitive_variables()
     def encode(self, password: str | bytes, salt: str) -> str:
         """
         Return the stored string for a password.
@@ -79,7 +79,7 @@ class SealingPasswordHasher(django_hashers.BasePasswordHasher):
         digest = self._digest(password, header)
         return str(keyring.seal(header, digest))
 
-    @sensitive_variables("password", "expected", "digest")
+    @sensitive_variables()
     def verify(self, password: str | bytes, encoded: str) -> bool:
         """
         Return whether the password is the one that `encoded` was made of.
@@ -210,7 +210,7 @@ class KMSArgon2PasswordHasher(SealingPasswordHasher, django_hashers.Argon2Passwo
             and parameters.parallelism <= self.max_parallelism
         )
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         low_level = self._load_library().low_level  # type: ignore[attr-defined]
         costs = header.parameters
@@ -240,12 +240,12 @@ class KMSPBKDF2PasswordHasher(SealingPasswordHasher, django_hashers.PBKDF2Passwo
     def _bearable(self, parameters: PBKDF2Parameters) -> bool:
         return parameters.iterations <= self.max_iterations
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         iterations = header.parameters.iterations
         return pbkdf2(password, header.salt, iterations, digest=self.digest)
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def harden_runtime(self, password: str | bytes, encoded: str) -> None:
         """Compute the iterations that a hash with fewer of them has saved; KMS is not asked."""
         try:
@@ -283,7 +283,7 @@ class KMSScryptPasswordHasher(SealingPasswordHasher, django_hashers.ScryptPasswo
         work = parameters.block_size * parameters.work_factor * parameters.parallelism
         return memory <= self.max_memory and work <= self.max_work
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         work, block, lanes = header.parameters
         return hashlib.scrypt(
@@ -326,7 +326,7 @@ class KMSBCryptSHA256PasswordHasher(
             return False
         return bool(rounds != self.rounds)
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def harden_runtime(self, password: str | bytes, encoded: str) -> None:
         """Compute the rounds that a hash with fewer of them has saved; KMS is not asked."""
         try:
@@ -370,7 +370,7 @@ class KMSMD5PasswordHasher(SealingPasswordHasher, django_hashers.MD5PasswordHash
     def _bearable(self, parameters: NoParameters) -> bool:
         return True
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         return hashlib.md5(header.salt + force_bytes(password), usedforsecurity=False).digest()
 
