@@ -42,6 +42,11 @@ from kms_hasher.exceptions import KMSHasherError
 
 logger = logging.getLogger("kms_hasher")
 
+TOO_NARROW = (
+    "A password stays as it is at a login: %s holds %d characters, and its new hash has %d. "
+    "Migrate, or run widen_password_column."
+)
+
 #: Keys the HMAC that sessions hold; another than Django's, so that the two never meet.
 SESSION_KEY_SALT = "kms_hasher.users.KMSUserMixin.get_session_auth_hash"
 
@@ -187,15 +192,35 @@ def _keeps_sessions(user: Any) -> bool:
 
 
 def _swap(user: Any, old: str, new: str) -> None:
-    """Store a new hash of the same password, unless it has been changed since it was read."""
+    """
+    Store a new hash of the same password, unless it has been changed since it was read, or the
+    column is too narrow: a MariaDB that is not strict would cut it.
+    """
     if user.pk is not None:
         model = type(user)
         database = router.db_for_write(model, instance=user)
-        field = user._meta.get_field("password")
+        column = Column(model, user._meta.get_field("password"), database)
         with savepoint(database):
-            if not Column(model, field, database).swap(user.pk, old, new):
+            if len(new) > len(old) and not _fits(column, new):
+                return
+            if not column.swap(user.pk, old, new):
                 return
     user.password = new
+
+
+#: Widths that this process has found to be enough; columns may be widened at any time.
+_widths: dict[Column, int | None] = {}
+
+
+def _fits(column: Column, new: str) -> bool:
+    """Return whether the column holds a hash, and log it if not."""
+    width = _widths.get(column, 0)
+    if width is not None and width < len(new):
+        width = _widths[column] = column_width(column)
+    if width is None or width >= len(new):
+        return True
+    logger.error(TOO_NARROW, column, width, len(new))
+    return False
 
 
 def _make_hash_value(

@@ -916,6 +916,38 @@ def test_out_of_a_mode_that_fits_the_stock_column(enter: Enter, settings: Any) -
         assert user.check_password("pw")
 
 
+@pytest.mark.usefixtures("narrow")
+def test_a_login_writes_no_hash_that_the_column_would_cut(
+    enter: Enter,
+    settings: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(users, "_widths", {})
+    enter("envelope")
+    list_hashers(settings, sealing_first=True)
+    people = [
+        User.objects.create(username=name, password=make_password("pw", hasher=name))
+        for name in ("argon2", "default")  # the one is upgraded, the other moved
+    ]
+    before = passwords()
+    enter("direct")
+    if connection.vendor == "mysql":
+        with connection.cursor() as cursor:  # some sites have it so: what is too long is cut
+            cursor.execute("SET SESSION sql_mode = ''")
+    assert all(user.check_password("pw") for user in people)
+    assert passwords() == before == {user.pk: user.password for user in people}
+    assert caplog.text.count("auth.User.password holds 128 characters") == 2
+    call("widen_password_column")
+    connection.close()  # and its mode
+    one, two = people
+    assert one.check_password("pw")  # a column that was widened counts at once
+    with monkeypatch.context() as patch:
+        patch.setattr(users, "column_width", lambda column: pytest.fail("read again"))
+        assert two.check_password("pw")
+    assert modes_of_rows() == {"direct": 2}
+
+
 def test_the_column_of_another_user_model_is_not_widened(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
