@@ -38,7 +38,7 @@ from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import conf, encoding, modes
 from kms_hasher.columns import Column, savepoint
-from kms_hasher.exceptions import KMSHasherError
+from kms_hasher.exceptions import ConfigurationError, InvalidCiphertext, KMSHasherError
 
 logger = logging.getLogger("kms_hasher")
 
@@ -136,6 +136,7 @@ def upgrade(user: Any, raw_password: str) -> None:
     old = user.password
     try:
         new = make_password(raw_password)
+        _prove(new)
     except KMSHasherError as error:
         logger.error("The hash of a password could not be brought up to date: %s", error)
         return
@@ -179,10 +180,36 @@ def move(user: Any, raw_password: str) -> None:
         hasher: Any = get_hasher(stored.header.algorithm)
         digest = hasher._digest(raw_password, stored.header)
         new = str(keyring.seal(stored.header, digest, purpose="login"))
+        _prove(new)
         _swap(user, old, new)
     except (KMSHasherError, Error) as error:
         text = str(error) if isinstance(error, KMSHasherError) else type(error).__name__
         logger.warning("A password could not be moved at a login: %s", text)
+
+
+#: Pairs of KEY and PUBLIC_KEY that this process has found to belong together.
+_proven: set[tuple[str, str]] = set()
+
+
+def _prove(new: str) -> None:
+    """
+    Open what was sealed with PUBLIC_KEY, the first time: one that is not KEY's public half
+    must not take the place of a hash that can be checked. Raises `KMSHasherError`.
+    """
+    from kms_hasher import keyring
+    from kms_hasher.modes import public_key
+
+    settings = conf.get()
+    pair = settings.key, settings.public_key
+    if settings.mode != "public_key" or not settings.public_key or pair in _proven:
+        return
+    if not new.startswith(encoding.PREFIX):
+        return
+    try:
+        keyring.open(encoding.parse(new), purpose="login")
+    except InvalidCiphertext:
+        raise ConfigurationError(public_key.OTHER_HALF.format(key=settings.key)) from None
+    _proven.add(pair)
 
 
 def _keeps_sessions(user: Any) -> bool:

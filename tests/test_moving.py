@@ -36,6 +36,7 @@ from kms_hasher.rotation import (
     plan,
     rotate,
     runs,
+    seal,
     sweeps,
     verify,
     workers,
@@ -1042,22 +1043,108 @@ def test_status_of_another_mode(enter: Enter) -> None:
     assert rotate_()["waiting"] == 2  # MACs by a key that MAC_KEY has left
 
 
-def test_a_public_key_that_is_not_the_keys_own_is_found(enter: Enter, kms: Provider) -> None:
-    arn = kms.describe_key("alias/tests-rsa").key_arn
-    pem = {
-        each: serialization.load_der_public_key(kms.get_public_key(each).der)
+@pytest.fixture
+def halves(kms: Provider, other_keys: dict[str, str]) -> tuple[str, str, str]:
+    """The ARN of an RSA key, its public half in PEM, and that of another key."""
+    arn = other_keys["alias/tests-rsa"]
+    own, other = (
+        serialization.load_der_public_key(kms.get_public_key(each).der)
         .public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         .decode()
         for each in (arn, kms.create_key(spec="RSA_2048").key_arn)
-    }
-    for each, text in pem.items():
+    )
+    return arn, own, other
+
+
+def test_a_public_key_that_is_not_the_keys_own_is_found(
+    enter: Enter, halves: tuple[str, str, str]
+) -> None:
+    arn, own, other = halves
+    for text in (own, other):
         enter("public_key", KEY=arn, PUBLIC_KEY=text)
-        out, _ = call("kms_status", status=0 if each == arn else 1)
-        assert ("is not the public half" in out) is (each != arn)
+        out, _ = call("kms_status", status=0 if text == own else 1)
+        assert ("is not the public half" in out) is (text == other)
     enter("public_key", KEY=arn, PUBLIC_KEY="nonsense")
     assert "is not, in PEM" in call("kms_status", status=1)[0]
+
+
+@pytest.mark.parametrize("denied", [False, True], ids=["compared", "tried"])
+@pytest.mark.parametrize("by_arn", [False, True])
+def test_no_run_seals_with_a_public_key_that_is_not_the_keys_own(
+    by_arn: bool,
+    denied: bool,
+    enter: Enter,
+    halves: tuple[str, str, str],
+    kms: Provider,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arn, own, other = halves
+    key = arn if by_arn else arn.rpartition("/")[2]
+    enter("direct")
+    list_hashers(settings, sealing_first=True)
+    for name in ("default", "argon2"):
+        User.objects.create(username=name, password=make_password("pw", hasher=name))
+    before = passwords()
+    if denied:
+        monkeypatch.setattr(kms, "get_public_key", deny(kms.get_public_key, bool))
+    enter("public_key", KEY=key, PUBLIC_KEY=other)
+    assert "is not the public half" in rotate_("--to-mode", "public_key", status=1)["error"]
+    assert "is not the public half" in rotate_(status=1)["error"]
+    for arguments in (["--noinput"], ["--dry-run"]):
+        assert "is not the public half" in call("wrap_passwords", *arguments, status=1)[1]
+    with pytest.raises(errors.RotationRefused):
+        next(seal.wrap(Options()))
+    with monkeypatch.context() as patch:  # that cannot be told is no yes
+        patch.setattr(kms, "get_public_key", deny(kms.get_public_key, bool))
+        patch.setattr(kms, "decrypt", deny(kms.decrypt, bool))
+        Key.objects.update(fingerprint="")
+        assert "Decrypt" in rotate_("--to-mode", "public_key", status=1)["error"]
+        assert "Decrypt" in call("wrap_passwords", "--noinput", status=1)[1]
+    assert passwords() == before
+    enter("public_key", KEY=key, PUBLIC_KEY=own)
+    assert rotate_("--to-mode", "public_key")["rewritten"] == 1
+    call("wrap_passwords", "--noinput")
+    assert modes_of_rows() == {"public_key": 2}
+
+
+def test_no_login_seals_with_a_public_key_that_is_not_the_keys_own(
+    enter: Enter,
+    halves: tuple[str, str, str],
+    kms: Provider,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    events: list[Event],
+) -> None:
+    arn, own, other = halves
+    monkeypatch.setattr(users, "_proven", set())
+    enter("direct")
+    list_hashers(settings, sealing_first=True)
+    people = [
+        User.objects.create(username=f"{name}{n}", password=make_password("pw", hasher=name))
+        for n in range(2)
+        for name in ("argon2", "default")  # the one is upgraded, the other moved
+    ]
+    before = passwords()
+    enter("public_key", KEY=arn, PUBLIC_KEY=other)
+    for _again in range(2):
+        assert all(user.check_password("pw") for user in people)
+    assert passwords() == before == {user.pk: user.password for user in people}
+    assert caplog.text.count("is not the public half") == 8
+    enter("public_key", KEY=arn, PUBLIC_KEY=own)
+    with monkeypatch.context() as patch:
+        patch.setattr(kms, "decrypt", deny(kms.decrypt, lambda key: key == arn))
+        assert all(user.check_password("pw") for user in people)
+    assert passwords() == before
+    events.clear()
+    assert all(user.check_password("pw") for user in people)
+    assert modes_of_rows() == {"public_key": 4}
+    # One to prove the pair, and one for each of those who are moved.
+    assert [event.operation for event in events] == ["Decrypt"] * 3
+    assert all(user.check_password("pw") for user in people)
 
 
 @pytest.mark.parametrize("mode", MODES)

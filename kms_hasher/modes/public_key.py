@@ -44,6 +44,10 @@ NO_PEM = (
     "KMS_HASHER['PUBLIC_KEY'] is not, in PEM, the public key of an RSA key of 2048, 3072 or "
     "4096 bits."
 )
+OTHER_HALF = (
+    "KMS_HASHER['PUBLIC_KEY'] is not the public half of {key}: what is sealed with it can "
+    "never be opened. Users whose passwords were set with it need new ones."
+)
 
 
 class _Public(NamedTuple):

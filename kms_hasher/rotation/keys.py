@@ -6,6 +6,7 @@ material, and gives up keys that not a single row needs.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,15 @@ from django.db.models import Q
 from django.utils import timezone
 
 from kms_hasher import columns, conf, encoding, history, keyring, modes
-from kms_hasher.encoding import ARN
-from kms_hasher.exceptions import AlreadyExists, KeyNotFound, KMSError, RotationRefused
+from kms_hasher.encoding import ARN, PREFIX, Header
+from kms_hasher.exceptions import (
+    AlreadyExists,
+    InvalidCiphertext,
+    KeyNotFound,
+    KMSError,
+    RotationRefused,
+)
+from kms_hasher.inner import NoParameters
 from kms_hasher.models import Key
 from kms_hasher.modes import public_key
 from kms_hasher.providers import base
@@ -100,6 +108,39 @@ def fingerprint_of(pem: str) -> str:
     der = serialization.PublicFormat.SubjectPublicKeyInfo
     key = public_key.load(pem)
     return public_key.fingerprint(key.public_bytes(serialization.Encoding.DER, der))
+
+
+def check_public_half() -> None:
+    """
+    Raise `RotationRefused` if PUBLIC_KEY is not the public half of KEY: what is sealed then is
+    lost. Nothing is done where the mode has no such setting.
+
+    The fingerprints are compared; where KMS does not give its own, something is sealed and
+    opened. Raises `ConfigurationError` and, if neither can be done, `KMSError`.
+    """
+    settings = conf.get()
+    if settings.mode != "public_key" or not settings.public_key:
+        return
+    own = fingerprint_of(settings.public_key)
+    # KEY is no alias here: the settings do not allow it.
+    ref = encoding.key_ref(settings.key.rpartition("/")[2])
+    known = Key.objects.filter(ref=ref).values_list("fingerprint", flat=True).first()
+    if not known:
+        with contextlib.suppress(KMSError):
+            known = public_key.fingerprint(public_half(settings.key))
+    if known != own if known else not _opens():
+        raise RotationRefused(public_key.OTHER_HALF.format(key=settings.key))
+
+
+def _opens() -> bool:
+    """Return whether KEY opens what PUBLIC_KEY seals. Raises `KMSError` if KMS cannot tell."""
+    header = Header(f"{PREFIX}md5", NoParameters(), secrets.token_bytes(16))
+    sealed = keyring.seal(header, secrets.token_bytes(header.kind.size), purpose="rotate")
+    try:
+        keyring.open(sealed, purpose="rotate")
+    except InvalidCiphertext:
+        return False
+    return True
 
 
 def public_half(arn: str) -> bytes:

@@ -244,6 +244,7 @@ def make(
         _check(target, present)
     if like := target or present:
         check_mode(like, settings.mode)
+    keys.check_public_half()
     mac = mac_key(settings)
     if to_mode:
         _check_widths(to_mode)
