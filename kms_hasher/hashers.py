@@ -38,6 +38,9 @@ logger = logging.getLogger("kms_hasher")
 #: KMS's answer where a stored string names a key that its mode cannot have.
 WRONG_USAGE = "InvalidKeyUsageException"
 
+#: Bytes of a password that bcrypt takes; it refuses more from its version 5 on.
+BCRYPT_MAX = 72
+
 #: How Django's admin names the costs.
 LABELS = {
     "variety": _("variety"),
@@ -52,6 +55,10 @@ LABELS = {
 }
 
 
+class _PasswordRefused(MalformedHash):
+    """Raised where an inner hasher computes nothing for such a password."""
+
+
 class SealingPasswordHasher(django_hashers.BasePasswordHasher):
     """
     What all sealing hashers have in common; those below add the inner hasher.
@@ -64,7 +71,7 @@ class SealingPasswordHasher(django_hashers.BasePasswordHasher):
 
     algorithm: str
 
-    @sensitive_variables("password", "digest")
+    @sensitive_variables()
     def encode(self, password: str | bytes, salt: str) -> str:
         """
         Return the stored string for a password.
@@ -79,7 +86,7 @@ class SealingPasswordHasher(django_hashers.BasePasswordHasher):
         digest = self._digest(password, header)
         return str(keyring.seal(header, digest))
 
-    @sensitive_variables("password", "expected", "digest")
+    @sensitive_variables()
     def verify(self, password: str | bytes, encoded: str) -> bool:
         """
         Return whether the password is the one that `encoded` was made of.
@@ -94,6 +101,8 @@ class SealingPasswordHasher(django_hashers.BasePasswordHasher):
             expected, digest = keyring.open_beside(
                 stored, functools.partial(self._digest, password, stored.header)
             )
+        except _PasswordRefused:  # it cannot be the one; nothing is wrong with what is stored
+            return False
         except MalformedHash as error:
             _report_malformed(error)
             return False
@@ -210,7 +219,7 @@ class KMSArgon2PasswordHasher(SealingPasswordHasher, django_hashers.Argon2Passwo
             and parameters.parallelism <= self.max_parallelism
         )
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         low_level = self._load_library().low_level  # type: ignore[attr-defined]
         costs = header.parameters
@@ -240,12 +249,12 @@ class KMSPBKDF2PasswordHasher(SealingPasswordHasher, django_hashers.PBKDF2Passwo
     def _bearable(self, parameters: PBKDF2Parameters) -> bool:
         return parameters.iterations <= self.max_iterations
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         iterations = header.parameters.iterations
         return pbkdf2(password, header.salt, iterations, digest=self.digest)
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def harden_runtime(self, password: str | bytes, encoded: str) -> None:
         """Compute the iterations that a hash with fewer of them has saved; KMS is not asked."""
         try:
@@ -283,7 +292,7 @@ class KMSScryptPasswordHasher(SealingPasswordHasher, django_hashers.ScryptPasswo
         work = parameters.block_size * parameters.work_factor * parameters.parallelism
         return memory <= self.max_memory and work <= self.max_work
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         work, block, lanes = header.parameters
         return hashlib.scrypt(
@@ -326,7 +335,7 @@ class KMSBCryptSHA256PasswordHasher(
             return False
         return bool(rounds != self.rounds)
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def harden_runtime(self, password: str | bytes, encoded: str) -> None:
         """Compute the rounds that a hash with fewer of them has saved; KMS is not asked."""
         try:
@@ -348,7 +357,9 @@ class KMSBCryptSHA256PasswordHasher(
         try:
             made = library.hashpw(data, f"${variety}${rounds:02}$".encode() + header.salt)
         except ValueError:
-            raise MalformedHash("bcrypt does not take the salt, or the password") from None
+            if len(data) > BCRYPT_MAX or 0 in data:
+                raise _PasswordRefused("bcrypt does not take the password") from None
+            raise MalformedHash("bcrypt does not take the salt") from None
         return inner.parse_stock(f"bcrypt${made.decode('ascii')}")[1]
 
 
@@ -370,7 +381,7 @@ class KMSMD5PasswordHasher(SealingPasswordHasher, django_hashers.MD5PasswordHash
     def _bearable(self, parameters: NoParameters) -> bool:
         return True
 
-    @sensitive_variables("password")
+    @sensitive_variables()
     def _digest(self, password: str | bytes, header: Header) -> bytes:
         return hashlib.md5(header.salt + force_bytes(password), usedforsecurity=False).digest()
 

@@ -38,9 +38,14 @@ from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import conf, encoding, modes
 from kms_hasher.columns import Column, savepoint
-from kms_hasher.exceptions import KMSHasherError
+from kms_hasher.exceptions import ConfigurationError, InvalidCiphertext, KMSHasherError
 
 logger = logging.getLogger("kms_hasher")
+
+TOO_NARROW = (
+    "A password stays as it is at a login: %s holds %d characters, and its new hash has %d. "
+    "Migrate, or run widen_password_column."
+)
 
 #: Keys the HMAC that sessions hold; another than Django's, so that the two never meet.
 SESSION_KEY_SALT = "kms_hasher.users.KMSUserMixin.get_session_auth_hash"
@@ -131,6 +136,7 @@ def upgrade(user: Any, raw_password: str) -> None:
     old = user.password
     try:
         new = make_password(raw_password)
+        _prove(new)
     except KMSHasherError as error:
         logger.error("The hash of a password could not be brought up to date: %s", error)
         return
@@ -174,10 +180,36 @@ def move(user: Any, raw_password: str) -> None:
         hasher: Any = get_hasher(stored.header.algorithm)
         digest = hasher._digest(raw_password, stored.header)
         new = str(keyring.seal(stored.header, digest, purpose="login"))
+        _prove(new)
         _swap(user, old, new)
     except (KMSHasherError, Error) as error:
         text = str(error) if isinstance(error, KMSHasherError) else type(error).__name__
         logger.warning("A password could not be moved at a login: %s", text)
+
+
+#: Pairs of KEY and PUBLIC_KEY that this process has found to belong together.
+_proven: set[tuple[str, str]] = set()
+
+
+def _prove(new: str) -> None:
+    """
+    Open what was sealed with PUBLIC_KEY, the first time: one that is not KEY's public half
+    must not take the place of a hash that can be checked. Raises `KMSHasherError`.
+    """
+    from kms_hasher import keyring
+    from kms_hasher.modes import public_key
+
+    settings = conf.get()
+    pair = settings.key, settings.public_key
+    if settings.mode != "public_key" or not settings.public_key or pair in _proven:
+        return
+    if not new.startswith(encoding.PREFIX):
+        return
+    try:
+        keyring.open(encoding.parse(new), purpose="login")
+    except InvalidCiphertext:
+        raise ConfigurationError(public_key.OTHER_HALF.format(key=settings.key)) from None
+    _proven.add(pair)
 
 
 def _keeps_sessions(user: Any) -> bool:
@@ -187,15 +219,35 @@ def _keeps_sessions(user: Any) -> bool:
 
 
 def _swap(user: Any, old: str, new: str) -> None:
-    """Store a new hash of the same password, unless it has been changed since it was read."""
+    """
+    Store a new hash of the same password, unless it has been changed since it was read, or the
+    column is too narrow: a MariaDB that is not strict would cut it.
+    """
     if user.pk is not None:
         model = type(user)
         database = router.db_for_write(model, instance=user)
-        field = user._meta.get_field("password")
+        column = Column(model, user._meta.get_field("password"), database)
         with savepoint(database):
-            if not Column(model, field, database).swap(user.pk, old, new):
+            if len(new) > len(old) and not _fits(column, new):
+                return
+            if not column.swap(user.pk, old, new):
                 return
     user.password = new
+
+
+#: Widths that this process has found to be enough; columns may be widened at any time.
+_widths: dict[Column, int | None] = {}
+
+
+def _fits(column: Column, new: str) -> bool:
+    """Return whether the column holds a hash, and log it if not."""
+    width = _widths.get(column, 0)
+    if width is not None and width < len(new):
+        width = _widths[column] = column_width(column)
+    if width is None or width >= len(new):
+        return True
+    logger.error(TOO_NARROW, column, width, len(new))
+    return False
 
 
 def _make_hash_value(

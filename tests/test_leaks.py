@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -37,7 +38,7 @@ from django.urls import path
 from django.utils import timezone
 from django.utils.log import AdminEmailHandler
 from django.views.debug import ExceptionReporter
-from django.views.decorators.debug import sensitive_post_parameters
+from django.views.decorators.debug import sensitive_post_parameters, sensitive_variables
 
 from kms_hasher import backends, breaker, encoding, exceptions, hashers, keyring, signals
 from kms_hasher.models import AuditEvent
@@ -234,6 +235,7 @@ def crawl(
     crawl = Crawl(caplog, mailoutbox)
     real = hashers.KMSArgon2PasswordHasher._digest
 
+    @sensitive_variables()  # as what it stands for; that is nearer to what fails
     def digest(self: Any, password: Any, header: Any) -> bytes:
         found = real(self, password, header)
         crawl.secrets[f"digest {len(crawl.secrets)}"] = found
@@ -519,6 +521,52 @@ def materials(file: Path) -> dict[str, bytes]:
         for material in key["materials"]
     ]
     return {f"material {n}": base64.b64decode(text) for n, text in enumerate(secrets)}
+
+
+#: What each hasher computes by, and what to change so that `harden_runtime` computes too.
+INNER: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "argon2.low_level.lib": (hashers.KMSArgon2PasswordHasher, {}),
+    "kms_hasher.hashers.pbkdf2": (hashers.KMSPBKDF2PasswordHasher, {"iterations": 2}),
+    "hashlib.scrypt": (hashers.KMSScryptPasswordHasher, {}),
+    "bcrypt.hashpw": (hashers.KMSBCryptPasswordHasher, {"rounds": 5}),
+    "hashlib.md5": (hashers.KMSMD5PasswordHasher, {}),
+}
+
+
+@pytest.mark.parametrize("computes", INNER)
+def test_an_inner_hasher_that_fails(
+    computes: str, kms: Provider, crawl: Crawl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames below ours hold the password too, in Argon2's own library say."""
+    kind, harder = INNER[computes]
+    monkeypatch.setattr(hashers.KMSPBKDF2PasswordHasher, "iterations", 1)
+    monkeypatch.setattr(hashers.KMSBCryptPasswordHasher, "rounds", 4)
+    hasher = kind()
+    encoded = hasher.encode(PASSWORD, hasher.salt())
+    for name, value in harder.items():
+        monkeypatch.setattr(kind, name, value)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no memory")
+
+    library = SimpleNamespace(argon2_hash=fail) if computes.endswith("lib") else fail
+    monkeypatch.setattr(computes, library)
+    asked = [
+        lambda: hasher.encode(PASSWORD, hasher.salt()),
+        lambda: hasher.verify(PASSWORD, encoded),
+        lambda: hasher._digest(PASSWORD, encoding.parse(encoded).header),
+    ]
+    if harder:
+        asked.append(lambda: hasher.harden_runtime(PASSWORD, encoded))
+    for ask in asked:
+        try:
+            ask()
+        except OSError:
+            crawl.report()
+    assert len(crawl.errors) == len(asked)
+    if computes.endswith("lib"):
+        assert "argon2/low_level.py:hash_secret_raw" in crawl.frames
+    assert crawl.found() == set()
 
 
 class TestControl:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding
 from django.conf import settings as django_settings
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
@@ -26,6 +27,7 @@ from django.utils.module_loading import import_string
 
 from kms_hasher import columns, data_keys, encoding, inner, keyring, modes, users
 from kms_hasher import exceptions as errors
+from kms_hasher.management.commands import widen_password_column
 from kms_hasher.models import DataKey, Key, RotationRun
 from kms_hasher.modes import public_key
 from kms_hasher.providers.base import Provider
@@ -36,6 +38,7 @@ from kms_hasher.rotation import (
     plan,
     rotate,
     runs,
+    seal,
     sweeps,
     verify,
     workers,
@@ -575,6 +578,29 @@ def test_rows_that_do_not_open_stop_no_move(source: str, target: str, enter: Ent
     }.items() <= passwords().items()
 
 
+@pytest.mark.parametrize("forged", [b"", b"1234", bytes(100)], ids=len)
+def test_something_sealed_by_a_stranger_with_the_public_half_stops_nothing(
+    forged: bytes, enter: Enter, kms: Provider, settings: Any
+) -> None:
+    enter("public_key")
+    victim, *_ = make_users(3)
+    stored = encoding.parse(victim.password)
+    public = public_key.load_der(kms.get_public_key(ALIASES["public_key"]).der)
+    oaep = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
+    value = str(dataclasses.replace(stored, sealed=public.encrypt(forged, oaep)))
+    victim.password = value
+    victim.save()
+    assert not victim.check_password("pw0")
+    enter("direct")
+    done = rotate_("--to-mode", "direct", status=3)
+    assert (done["rewritten"], done["failed"]) == (2, 1)
+    list_hashers(settings, sealing_first=False)
+    phrase = "--confirm=unwrap 3 passwords"
+    done = json.loads(call("unwrap_passwords", phrase, "--json", status=3)[0])
+    assert (done["rewritten"], done["failed"]) == (2, 1)
+    assert passwords()[victim.pk] == value
+
+
 def deny(method: Any, refused: Callable[[str], bool]) -> Any:
     def call_(key: str, *args: Any, **kwargs: Any) -> Any:
         if refused(key):
@@ -872,6 +898,25 @@ def test_wrapping_in_a_mode_that_cannot_be_left_says_so(
     assert "It cannot be left without passwords" in out
 
 
+def test_a_mac_key_that_is_elsewhere_is_refused(
+    enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("mac_in_direct")
+    make_users(1)
+    real = kms.describe_key
+    there = real(MAC_KEY).key_arn.replace(":local-1:", ":local-2:")
+
+    def describe(key: str) -> Any:
+        return dataclasses.replace(real(key), key_arn=there) if key == MAC_KEY else real(key)
+
+    monkeypatch.setattr(kms, "describe_key", describe)
+    assert "in another account or Region than KEY" in rotate_(status=1)["error"]
+    assert "in another account or Region than KEY" in call("kms_status", status=1)[0]
+    enter("mac_in_direct", PREVIOUS_KEYS=[there])
+    assert plan.make().mac_ref
+    call("kms_status")
+
+
 # --- the width of the column --------------------------------------------------------
 
 
@@ -914,6 +959,77 @@ def test_out_of_a_mode_that_fits_the_stock_column(enter: Enter, settings: Any) -
     assert modes_of_rows() == {"direct": 7}
     for user in User.objects.all():
         assert user.check_password("pw")
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_login_writes_no_hash_that_the_column_would_cut(
+    enter: Enter,
+    settings: Any,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(users, "_widths", {})
+    enter("envelope")
+    list_hashers(settings, sealing_first=True)
+    people = [
+        User.objects.create(username=name, password=make_password("pw", hasher=name))
+        for name in ("argon2", "default")  # the one is upgraded, the other moved
+    ]
+    before = passwords()
+    enter("direct")
+    if connection.vendor == "mysql":
+        with connection.cursor() as cursor:  # some sites have it so: what is too long is cut
+            cursor.execute("SET SESSION sql_mode = ''")
+    assert all(user.check_password("pw") for user in people)
+    assert passwords() == before == {user.pk: user.password for user in people}
+    assert caplog.text.count("auth.User.password holds 128 characters") == 2
+    call("widen_password_column")
+    connection.close()  # and its mode
+    one, two = people
+    assert one.check_password("pw")  # a column that was widened counts at once
+    with monkeypatch.context() as patch:
+        patch.setattr(users, "column_width", lambda column: pytest.fail("read again"))
+        assert two.check_password("pw")
+    assert modes_of_rows() == {"direct": 2}
+
+
+@pytest.mark.usefixtures("narrow")
+def test_widening_waits_for_no_long_transaction_and_leaves_nothing(
+    enter: Enter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("direct")
+    monkeypatch.setattr(widen_password_column, "LOCK_TIMEOUT", "50ms")
+    before = set(connection.introspection.table_names())
+    if connection.vendor == "postgresql":
+        other = connection.copy()
+        try:
+            with other.cursor() as cursor:
+                cursor.execute("BEGIN")
+                cursor.execute("SELECT count(*) FROM auth_user")
+                _, err = call("widen_password_column", status=1)
+        finally:
+            other.close()
+        assert "could not be altered (OperationalError), and is as it was" in err
+        assert users.column_width(columns.columns()[0]) == 128
+    assert "is widened" in call("widen_password_column")[0]
+    assert users.column_width(columns.columns()[0]) == 1024
+    assert set(connection.introspection.table_names()) == before
+
+
+def test_widening_says_what_to_change(enter: Enter) -> None:
+    enter("direct", DATABASES=["default"], PASSWORD_FIELDS=["auth.User.nothing"])
+    assert "PASSWORD_FIELDS" in call("widen_password_column", status=1)[1]
+    enter("direct", DATABASES=["elsewhere"])
+    assert "which DATABASES does not have" in call("widen_password_column", status=1)[1]
+
+
+def test_widening_tells_of_a_database_that_is_left_out(
+    enter: Enter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("direct")
+    monkeypatch.setattr(columns, "databases", lambda model=None: ["another"])
+    _, err = call("widen_password_column", status=1)
+    assert "KMS_HASHER['DATABASES'] leaves 'default' out" in err
 
 
 def test_the_column_of_another_user_model_is_not_widened(
@@ -1010,22 +1126,108 @@ def test_status_of_another_mode(enter: Enter) -> None:
     assert rotate_()["waiting"] == 2  # MACs by a key that MAC_KEY has left
 
 
-def test_a_public_key_that_is_not_the_keys_own_is_found(enter: Enter, kms: Provider) -> None:
-    arn = kms.describe_key("alias/tests-rsa").key_arn
-    pem = {
-        each: serialization.load_der_public_key(kms.get_public_key(each).der)
+@pytest.fixture
+def halves(kms: Provider, other_keys: dict[str, str]) -> tuple[str, str, str]:
+    """The ARN of an RSA key, its public half in PEM, and that of another key."""
+    arn = other_keys["alias/tests-rsa"]
+    own, other = (
+        serialization.load_der_public_key(kms.get_public_key(each).der)
         .public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         .decode()
         for each in (arn, kms.create_key(spec="RSA_2048").key_arn)
-    }
-    for each, text in pem.items():
+    )
+    return arn, own, other
+
+
+def test_a_public_key_that_is_not_the_keys_own_is_found(
+    enter: Enter, halves: tuple[str, str, str]
+) -> None:
+    arn, own, other = halves
+    for text in (own, other):
         enter("public_key", KEY=arn, PUBLIC_KEY=text)
-        out, _ = call("kms_status", status=0 if each == arn else 1)
-        assert ("is not the public half" in out) is (each != arn)
+        out, _ = call("kms_status", status=0 if text == own else 1)
+        assert ("is not the public half" in out) is (text == other)
     enter("public_key", KEY=arn, PUBLIC_KEY="nonsense")
     assert "is not, in PEM" in call("kms_status", status=1)[0]
+
+
+@pytest.mark.parametrize("denied", [False, True], ids=["compared", "tried"])
+@pytest.mark.parametrize("by_arn", [False, True])
+def test_no_run_seals_with_a_public_key_that_is_not_the_keys_own(
+    by_arn: bool,
+    denied: bool,
+    enter: Enter,
+    halves: tuple[str, str, str],
+    kms: Provider,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arn, own, other = halves
+    key = arn if by_arn else arn.rpartition("/")[2]
+    enter("direct")
+    list_hashers(settings, sealing_first=True)
+    for name in ("default", "argon2"):
+        User.objects.create(username=name, password=make_password("pw", hasher=name))
+    before = passwords()
+    if denied:
+        monkeypatch.setattr(kms, "get_public_key", deny(kms.get_public_key, bool))
+    enter("public_key", KEY=key, PUBLIC_KEY=other)
+    assert "is not the public half" in rotate_("--to-mode", "public_key", status=1)["error"]
+    assert "is not the public half" in rotate_(status=1)["error"]
+    for arguments in (["--noinput"], ["--dry-run"]):
+        assert "is not the public half" in call("wrap_passwords", *arguments, status=1)[1]
+    with pytest.raises(errors.RotationRefused):
+        next(seal.wrap(Options()))
+    with monkeypatch.context() as patch:  # that cannot be told is no yes
+        patch.setattr(kms, "get_public_key", deny(kms.get_public_key, bool))
+        patch.setattr(kms, "decrypt", deny(kms.decrypt, bool))
+        Key.objects.update(fingerprint="")
+        assert "Decrypt" in rotate_("--to-mode", "public_key", status=1)["error"]
+        assert "Decrypt" in call("wrap_passwords", "--noinput", status=1)[1]
+    assert passwords() == before
+    enter("public_key", KEY=key, PUBLIC_KEY=own)
+    assert rotate_("--to-mode", "public_key")["rewritten"] == 1
+    call("wrap_passwords", "--noinput")
+    assert modes_of_rows() == {"public_key": 2}
+
+
+def test_no_login_seals_with_a_public_key_that_is_not_the_keys_own(
+    enter: Enter,
+    halves: tuple[str, str, str],
+    kms: Provider,
+    settings: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    events: list[Event],
+) -> None:
+    arn, own, other = halves
+    monkeypatch.setattr(users, "_proven", set())
+    enter("direct")
+    list_hashers(settings, sealing_first=True)
+    people = [
+        User.objects.create(username=f"{name}{n}", password=make_password("pw", hasher=name))
+        for n in range(2)
+        for name in ("argon2", "default")  # the one is upgraded, the other moved
+    ]
+    before = passwords()
+    enter("public_key", KEY=arn, PUBLIC_KEY=other)
+    for _again in range(2):
+        assert all(user.check_password("pw") for user in people)
+    assert passwords() == before == {user.pk: user.password for user in people}
+    assert caplog.text.count("is not the public half") == 8
+    enter("public_key", KEY=arn, PUBLIC_KEY=own)
+    with monkeypatch.context() as patch:
+        patch.setattr(kms, "decrypt", deny(kms.decrypt, lambda key: key == arn))
+        assert all(user.check_password("pw") for user in people)
+    assert passwords() == before
+    events.clear()
+    assert all(user.check_password("pw") for user in people)
+    assert modes_of_rows() == {"public_key": 4}
+    # One to prove the pair, and one for each of those who are moved.
+    assert [event.operation for event in events] == ["Decrypt"] * 3
+    assert all(user.check_password("pw") for user in people)
 
 
 @pytest.mark.parametrize("mode", MODES)

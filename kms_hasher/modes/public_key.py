@@ -44,6 +44,10 @@ NO_PEM = (
     "KMS_HASHER['PUBLIC_KEY'] is not, in PEM, the public key of an RSA key of 2048, 3072 or "
     "4096 bits."
 )
+OTHER_HALF = (
+    "KMS_HASHER['PUBLIC_KEY'] is not the public half of {key}: what is sealed with it can "
+    "never be opened. Users whose passwords were set with it need new ones."
+)
 
 
 class _Public(NamedTuple):
@@ -82,10 +86,8 @@ class PublicKey(Direct):
         def open_by(key: str) -> bytes:
             answer = kms.decrypt(key, stored.sealed, {}, algorithm=RSAES_OAEP_SHA_256)
             if len(answer.plaintext) != size:
-                # Not counted as an outage of KMS: anybody can encrypt something of this size.
-                raise KMSBadResponse(
-                    "the plaintext has the wrong size", operation="Decrypt", key=answer.key_arn
-                )
+                # Not a damaged answer: anybody can encrypt something of this size.
+                raise MalformedHash("what is sealed has the wrong size")
             if not hmac.compare_digest(answer.plaintext[:_BINDING], access.binding):
                 raise MalformedHash("the digest is bound to another header")
             return answer.plaintext[_BINDING:]

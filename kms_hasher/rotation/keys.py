@@ -6,6 +6,7 @@ material, and gives up keys that not a single row needs.
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,15 @@ from django.db.models import Q
 from django.utils import timezone
 
 from kms_hasher import columns, conf, encoding, history, keyring, modes
-from kms_hasher.encoding import ARN
-from kms_hasher.exceptions import AlreadyExists, KeyNotFound, KMSError, RotationRefused
+from kms_hasher.encoding import ARN, PREFIX, Header
+from kms_hasher.exceptions import (
+    AlreadyExists,
+    InvalidCiphertext,
+    KeyNotFound,
+    KMSError,
+    RotationRefused,
+)
+from kms_hasher.inner import NoParameters
 from kms_hasher.models import Key
 from kms_hasher.modes import public_key
 from kms_hasher.providers import base
@@ -40,6 +48,10 @@ MATERIAL_LATE = (
     "then."
 )
 STILL_NEEDED = "{arn} is still needed by {places}; nothing was done to it."
+IN_SETTINGS = (
+    "KMS_HASHER[{setting!r}] leads to {arn}; nothing was done to it. Change the setting first, "
+    "if nothing needs the key."
+)
 STILL_ALIAS = "{alias} still answers with {arn}: KMS spreads moves late. Try again in minutes."
 FOREIGN = (
     "{arn} is outside the account and Region of KEY and not in PREVIOUS_KEYS; nothing was "
@@ -102,6 +114,39 @@ def fingerprint_of(pem: str) -> str:
     return public_key.fingerprint(key.public_bytes(serialization.Encoding.DER, der))
 
 
+def check_public_half() -> None:
+    """
+    Raise `RotationRefused` if PUBLIC_KEY is not the public half of KEY: what is sealed then is
+    lost. Nothing is done where the mode has no such setting.
+
+    The fingerprints are compared; where KMS does not give its own, something is sealed and
+    opened. Raises `ConfigurationError` and, if neither can be done, `KMSError`.
+    """
+    settings = conf.get()
+    if settings.mode != "public_key" or not settings.public_key:
+        return
+    own = fingerprint_of(settings.public_key)
+    # KEY is no alias here: the settings do not allow it.
+    ref = encoding.key_ref(settings.key.rpartition("/")[2])
+    known = Key.objects.filter(ref=ref).values_list("fingerprint", flat=True).first()
+    if not known:
+        with contextlib.suppress(KMSError):
+            known = public_key.fingerprint(public_half(settings.key))
+    if known != own if known else not _opens():
+        raise RotationRefused(public_key.OTHER_HALF.format(key=settings.key))
+
+
+def _opens() -> bool:
+    """Return whether KEY opens what PUBLIC_KEY seals. Raises `KMSError` if KMS cannot tell."""
+    header = Header(f"{PREFIX}md5", NoParameters(), secrets.token_bytes(16))
+    sealed = keyring.seal(header, secrets.token_bytes(header.kind.size), purpose="rotate")
+    try:
+        keyring.open(sealed, purpose="rotate")
+    except InvalidCiphertext:
+        return False
+    return True
+
+
 def public_half(arn: str) -> bytes:
     """Return the SubjectPublicKeyInfo of an RSA key, from KMS. Raises `KMSError`."""
     return keyring.kms("rotate").get_public_key(arn).der
@@ -161,20 +206,25 @@ def give_up(
 
     `present` is the key that seals now; it is never touched. First all columns in all
     databases are searched for each key. Raises `RotationRefused` before anything is done
-    if a single row names one of them, readable or not, or if a key is not this site's.
+    if a single row names one of them, readable or not, if a setting leads to one, or if a key
+    is not this site's.
     """
     kms = keyring.kms("rotate")
     if alias and (now := kms.describe_key(alias).key_arn) != present.key_arn:
         raise RotationRefused(STILL_ALIAS.format(alias=alias, arn=now))
     found: list[base.Key] = []
     refused: list[str] = []
-    for ref in sorted(set(refs) - {encoding.key_ref(present.key_id)}):
+    left = sorted(set(refs) - {encoding.key_ref(present.key_id)})
+    settings_of = _in_settings() if left else {}
+    for ref in left:
         key_id = encoding.key_id(ref)
         seen = Key.objects.filter(ref=ref).first()
         arn = seen.arn if seen else ARN.parse(present.key_arn).with_key(key_id)
         if rows := rows_naming(ref):
             places = ", ".join(f"{number} in {place}" for place, number in rows.items())
             refused.append(STILL_NEEDED.format(arn=arn, places=places))
+        elif setting := settings_of.get(ref):
+            refused.append(IN_SETTINGS.format(setting=setting, arn=arn))
         elif not is_beside(arn, present.key_arn) and arn not in conf.get().previous_keys:
             refused.append(FOREIGN.format(arn=arn))
         else:
@@ -183,6 +233,19 @@ def give_up(
     if refused:
         raise RotationRefused(" ".join(refused))
     return [_give_up(key, days) for key in found]
+
+
+def _in_settings() -> dict[str, str]:
+    """
+    Return the refs of the keys that other settings than KEY lead to, with the setting's name:
+    KMS is asked, as an alias tells nothing. Raises `KMSError`.
+    """
+    kms, found = keyring.kms("rotate"), {}
+    for setting in ("MAC_KEY", "AUDIT_SEAL_KEY", "AUDIT_CONTEXT_KEY"):
+        if name := getattr(conf.get(), setting.lower()):
+            with contextlib.suppress(KeyNotFound):  # so that nothing can be done to it
+                found[encoding.key_ref(kms.describe_key(name).key_id)] = setting
+    return found
 
 
 def _give_up(key: base.Key, days: int | None) -> GivenUp:

@@ -83,11 +83,13 @@ def check_wrap() -> list[str]:
     """
     Return warnings about sealing the stock hashes.
 
-    Raises `RotationRefused` if their users could not log in afterwards.
+    Raises `RotationRefused` if their users could not log in afterwards, and `KMSError` if KMS
+    cannot tell.
     """
     sealing = jobs.sealing_algorithms()
     if not sealing:
         raise RotationRefused(NO_HASHER)
+    keys.check_public_half()
     needed = modes.width(get_conf().mode)
     for column in columns.columns():
         width = width_of(column)

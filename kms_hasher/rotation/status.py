@@ -73,10 +73,6 @@ RETIRED = (
     "{number} data keys are retired: `manage.py rotate_kms_key --prune-data-keys` deletes "
     "those that no stored password names."
 )
-OTHER_HALF = (
-    "KMS_HASHER['PUBLIC_KEY'] is not the public half of {arn}: what is sealed with it can "
-    "never be opened. Users whose passwords were set with it need new ones."
-)
 
 BREAKER = (
     "The circuit breaker of Region {region!r} opened at {time:%Y-%m-%d %H:%M} in a process of "
@@ -194,21 +190,17 @@ def _look_at_key(status: Status, key: base.Key, permissions: bool) -> None:
 
 def _look_at_public_half(status: Status, key: base.Key) -> None:
     status.fingerprint = keys.record(key).fingerprint
-    pem = conf.get().public_key
-    if status.mode != "public_key" or not pem or not status.fingerprint:
+    if not status.fingerprint:  # only a call to Decrypt would tell
         return
     try:
-        same = keys.fingerprint_of(pem) == status.fingerprint
-    except ConfigurationError as error:
+        keys.check_public_half()
+    except (ConfigurationError, RotationRefused) as error:
         status.problems.append(str(error))
-    else:
-        if not same:
-            status.problems.append(OTHER_HALF.format(arn=key.key_arn))
 
 
 def _look_at_mac_key(status: Status, settings: conf.Conf) -> None:
     try:
-        status.mac_key = plan.mac_key(settings)
+        status.mac_key = plan.mac_key(settings, status.described)
     except (RotationRefused, KMSHasherError) as error:
         status.problems.append(str(error))
 
