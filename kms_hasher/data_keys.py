@@ -135,8 +135,8 @@ def prepare(number: int) -> list[int]:
 
 def retire() -> int:
     """Let no more be sealed with any of the present data keys; return the highest number."""
-    DataKey.objects.filter(retired_at=None).update(retired_at=timezone.now())
-    last = DataKey.objects.order_by("-pk").first()
+    rows().filter(retired_at=None).update(retired_at=timezone.now())
+    last = rows().order_by("-pk").first()
     return last.number if last else 0
 
 
@@ -166,7 +166,7 @@ def delete(numbers: Sequence[int]) -> int:
 
 
 def _retired() -> QuerySet[DataKey]:
-    return DataKey.objects.filter(retired_at__lte=timezone.now() - GRACE)
+    return rows().filter(retired_at__lte=timezone.now() - GRACE)
 
 
 @sensitive_variables()
@@ -184,18 +184,25 @@ def _generate(access: Access) -> tuple[SealedHash, bytes]:
 # --- rows -----------------------------------------------------------------------------
 
 
+def rows() -> QuerySet[DataKey]:
+    """
+    Return all data keys, where they are written.
+
+    Not from a replica, which may not have one yet that a password was just sealed by.
+    """
+    return DataKey.objects.using(router.db_for_write(DataKey))
+
+
 def _take() -> DataKey | None:
     """Return the first row that can take another digest, with that counted."""
     settings = conf.get()
     since = timezone.now() - datetime.timedelta(days=settings.data_key_days)
     if held := _cache.block(since):
         return held
-    rows = DataKey.objects.filter(
-        retired_at=None, uses__lt=settings.data_key_users, made_at__gt=since
-    )
-    while row := rows.order_by("pk").first():
+    usable = rows().filter(retired_at=None, uses__lt=settings.data_key_users, made_at__gt=since)
+    while row := usable.order_by("pk").first():
         uses = min(BLOCK if _cache.held else 1, settings.data_key_users - row.uses)
-        same = DataKey.objects.filter(pk=row.pk, uses=row.uses, retired_at=None)
+        same = rows().filter(pk=row.pk, uses=row.uses, retired_at=None)
         if same.update(uses=F("uses") + uses):  # and nobody was faster
             _cache.keep_block(row, uses - 1)
             return row
@@ -210,20 +217,18 @@ def _insert(stored: SealedHash, uses: int) -> int:
 
 def numbers() -> list[int]:
     """Return the numbers of all data keys. Called in any thread."""
-    return _ask(lambda: list(DataKey.objects.order_by("pk").values_list("pk", flat=True)))
+    return _ask(lambda: list(rows().order_by("pk").values_list("pk", flat=True)))
 
 
 def _read(number: int) -> DataKey | None:
-    # Not from a replica, which may not have a row yet that a password was just sealed by.
-    rows = DataKey.objects.using(router.db_for_write(DataKey))
-    return _ask(lambda: rows.filter(pk=number).first())
+    return _ask(lambda: rows().filter(pk=number).first())
 
 
 def _ask(read: Callable[[], T]) -> T:
     # A thread that has no connection yet is to be left without: nobody might close it.
     unused = connections[router.db_for_write(DataKey)].connection is None
     if _on_event_loop() or (unused and conf.get().audit != "inline"):
-        return _thread().submit(read).result()
+        return _in_thread(read)
     return read()
 
 
@@ -236,10 +241,14 @@ def _run(call: Callable[[], T]) -> T:
         inside = connection.in_atomic_block
         with transaction.atomic(connection.alias) if inside else contextlib.nullcontext():
             return call()
+    return _in_thread(call)
+
+
+def _in_thread(call: Callable[[], T]) -> T:
+    """Return what a call comes to in our thread, whose connection is replaced if it died."""
 
     def run() -> T:
-        connection = connections[router.db_for_write(DataKey)]
-        connection.close_if_unusable_or_obsolete()
+        connections[router.db_for_write(DataKey)].close_if_unusable_or_obsolete()
         return call()
 
     return _thread().submit(run).result()

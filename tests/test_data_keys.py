@@ -27,6 +27,7 @@ from kms_hasher.encoding import Header
 from kms_hasher.inner import NoParameters
 from kms_hasher.models import DataKey
 from kms_hasher.providers.base import Provider
+from kms_hasher.rotation import costs, status
 from tests import modes
 from tests.hashers import CheapKMSArgon2PasswordHasher
 
@@ -666,12 +667,56 @@ class TestConnections:
         data_keys._thread().submit(lambda: connections["default"].close()).result()
         assert make_password(PASSWORD)
 
+    def test_one_that_died_is_replaced_for_reading_too(self) -> None:
+        """Or each login in a thread without a connection would fail until a restart."""
+        if connection.vendor == "sqlite":
+            return
+        pid, kill = {
+            "postgresql": ("pg_backend_pid()", "SELECT pg_terminate_backend(%s)"),
+            "mysql": ("connection_id()", "KILL %s"),
+        }[connection.vendor]
+
+        def read_pid() -> Any:
+            with connection.cursor() as cursor:
+                cursor.execute(f"SELECT {pid}")
+                return cursor.fetchone()
+
+        encoded = make_password(PASSWORD)
+        found = data_keys._thread().submit(read_pid).result()
+        with connection.cursor() as cursor:
+            cursor.execute(kill, found)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(check_password, PASSWORD, encoded).result()
+
     def test_close_and_begin_anew(self) -> None:
         encoded = make_password(PASSWORD)
         data_keys.close()
         data_keys.close()
         assert data_keys._executor is None
         assert check_password(PASSWORD, encoded)
+
+
+@pytest.mark.django_db
+def test_nothing_is_read_from_a_replica(settings: Any) -> None:
+    """It may be late: uses would be compared without end with what they were."""
+
+    class Replica:
+        def db_for_read(self, model: Any, **hints: Any) -> str | None:
+            return "late" if model is DataKey else None  # there is no such database
+
+    settings.DATABASE_ROUTERS = [Replica()]
+    encoded = make_password(PASSWORD)
+    assert number_of(make_password(PASSWORD)) == number_of(encoded)
+    assert check_password(PASSWORD, encoded)
+    assert data_keys.numbers() == [number_of(encoded)]
+    assert costs.opening("envelope", 2) == {"Decrypt": 1}
+    assert costs.sealing("envelope", 2) == {"Decrypt": 1}
+    assert data_keys.retire() == number_of(encoded)
+    assert data_keys.unneeded() == []
+    assert data_keys.delete([number_of(encoded)]) == 0
+    found = status.Status(key="", provider="", mode="envelope")
+    status._look_at_data_keys(found)
+    assert found.data_keys == status.DataKeys(number=1, open=0, retired=1, oldest=None)
 
 
 @pytest.mark.django_db

@@ -13,7 +13,7 @@ from django.core.exceptions import FieldDoesNotExist
 from django.db import DatabaseError
 from django.utils import timezone
 
-from kms_hasher import columns, conf, encoding, keyring, modes, signals, users
+from kms_hasher import columns, conf, data_keys, encoding, keyring, modes, signals, users
 from kms_hasher.columns import Group
 from kms_hasher.exceptions import (
     ConfigurationError,
@@ -23,7 +23,7 @@ from kms_hasher.exceptions import (
     MalformedHash,
     RotationRefused,
 )
-from kms_hasher.models import AliasPeriod, AuditEvent, DataKey, Key, RotationRun
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation import keys, permissions, plan, runs
 from kms_hasher.rotation.permissions import DENIED
@@ -314,7 +314,7 @@ def _look_at_what_is_left(status: Status, present: base.Key, damaged: int) -> No
 
 
 def _look_at_data_keys(status: Status) -> None:
-    rows = DataKey.objects.all()
+    rows = data_keys.rows()
     number, retired = rows.count(), rows.exclude(retired_at=None).count()
     if not number and status.mode != "envelope":
         return
