@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from django.db import connections, router, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, QuerySet
 from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
@@ -70,8 +71,7 @@ class Store:
             return row.number, self._opener(access, row)
         made, plaintext = _generate(access)
         number = _run(lambda: _insert(made, uses=1))
-        if _cache.seconds:
-            _cache.put(number, plaintext)
+        _keeper(number)(plaintext)
         return number, Opener("", lambda: plaintext)
 
     @sensitive_variables()
@@ -91,13 +91,12 @@ class Store:
             raise MalformedHash("the row of the data key holds no data key")
         if key := _cache.get(number):
             return Opener("", lambda: key)
-        found = _DIRECT.opener(access.of(stored.header), stored)
+        found, keep = _DIRECT.opener(access.of(stored.header), stored), _keeper(number)
 
         @sensitive_variables()
         def call() -> bytes:
             key = found.call()
-            if _cache.seconds:
-                _cache.put(number, key)
+            keep(key)
             return key
 
         @sensitive_variables()
@@ -111,6 +110,28 @@ class Store:
 
 #: What `modes.envelope` takes data keys from.
 STORE = Store()
+
+
+def _keeper(number: int) -> Callable[[bytes], None]:
+    """
+    Return what keeps a plaintext key in memory, for as long as it may be; from any thread.
+
+    Where the caller's transaction may have made the row, the key is not kept before that is
+    committed: after a rollback the number is given to another data key.
+    """
+
+    @sensitive_variables()
+    def put(key: bytes) -> None:
+        if _cache.seconds:
+            _cache.put(number, key)
+
+    connection = connections[router.db_for_write(DataKey)]
+    # What is held is wiped when the run ends, which is before a transaction around it does.
+    if _cache.held or not (_is_here(connection) and connection.in_atomic_block):
+        return put
+    made: list[bytes] = []
+    transaction.on_commit(lambda: [put(key) for key in made[:1]], using=connection.alias)
+    return made.append
 
 
 @sensitive_variables()
@@ -235,8 +256,7 @@ def _ask(read: Callable[[], T]) -> T:
 def _run(call: Callable[[], T]) -> T:
     """Return what a short transaction of its own comes to."""
     connection = connections[router.db_for_write(DataKey)]
-    here = connection.vendor == "sqlite" or conf.get().audit == "inline"
-    if here and not _on_event_loop():
+    if _is_here(connection):
         # A failure within a transaction of the caller's is not to break it.
         inside = connection.in_atomic_block
         with transaction.atomic(connection.alias) if inside else contextlib.nullcontext():
@@ -252,6 +272,12 @@ def _in_thread(call: Callable[[], T]) -> T:
         return call()
 
     return _thread().submit(run).result()
+
+
+def _is_here(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether data keys are counted and made on the caller's connection."""
+    shared = connection.vendor == "sqlite" or conf.get().audit == "inline"
+    return shared and not _on_event_loop()
 
 
 def _on_event_loop() -> bool:

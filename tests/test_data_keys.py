@@ -296,7 +296,7 @@ class TestRefs:
 # --- in memory --------------------------------------------------------------------------
 
 
-@pytest.mark.django_db
+@pytest.mark.django_db(transaction=True)
 class TestCache:
     def test_none_by_default(self, calls: Calls) -> None:
         encoded = make_password(PASSWORD)
@@ -391,6 +391,31 @@ class TestCache:
         assert first == bytes(64)
         assert data_keys._cache.get(1) == b"b" * 64
         assert data_keys._cache.get(2) is None
+
+    def test_what_a_rollback_takes_away_is_not_kept(self, settings: Any) -> None:
+        """On SQLite, say, its number is given to another, and none must be sealed by it."""
+        change(settings, DATA_KEY_CACHE_SECONDS=60)
+        with transaction.atomic():
+            make_password(PASSWORD)  # by one that is made
+            make_password(PASSWORD)  # by one that is opened
+            transaction.set_rollback(True)
+        assert data_keys._cache._keys == {}
+        data_keys.make(access(), 1)  # as another process does
+        encoded = make_password(PASSWORD)
+        data_keys.wipe()
+        assert check_password(PASSWORD, encoded)
+
+    def test_what_is_committed_is_kept(self, settings: Any, calls: Calls) -> None:
+        change(settings, DATA_KEY_CACHE_SECONDS=60)
+        with transaction.atomic():
+            encoded = make_password(PASSWORD)
+        assert check_password(PASSWORD, encoded)
+        assert calls() == ["GenerateDataKey"]
+        data_keys.wipe()
+        with transaction.atomic():
+            assert check_password(PASSWORD, encoded)
+        assert check_password(PASSWORD, encoded)
+        assert calls() == ["GenerateDataKey", "Decrypt"]
 
     def test_the_wrong_password_is_wrong_with_it_too(self, settings: Any) -> None:
         change(settings, DATA_KEY_CACHE_SECONDS=60)

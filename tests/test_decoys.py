@@ -50,6 +50,7 @@ def test_a_lost_data_key_of_many_fails_no_login(settings: Any) -> None:
     assert authenticate(None, username="nobody", password=PASSWORD) is None
 
 
+@pytest.mark.django_db(transaction=True)
 def test_unknown_names_are_spread_over_the_data_keys(
     settings: Any, calls: Callable[[], list[str]]
 ) -> None:
@@ -72,6 +73,7 @@ def test_unknown_names_are_spread_over_the_data_keys(
     assert calls()[before:] == opened  # a name has its own, as a user has
 
 
+@pytest.mark.django_db(transaction=True)
 def test_a_name_costs_queries_and_calls_as_a_user_does(
     settings: Any,
     calls: Callable[[], list[str]],
