@@ -190,6 +190,8 @@ def _check_elsewhere(password: str, name: str, decoy: str) -> None:
     names, which always is, would tell them. It opens nothing, and that matches nothing.
     """
     among = _data_keys()
+    if not among:  # all were deleted since the decoy was made
+        raise DataKeyMissing(0)
     share = int(salted_hmac("kms_hasher.backends", name, algorithm="sha256").hexdigest(), 16)
     ref = encoding.data_key_ref(among[share % len(among)])
     stored = dataclasses.replace(encoding.parse(decoy), key_ref=ref)
