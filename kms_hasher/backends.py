@@ -34,6 +34,7 @@ from django.views.decorators.debug import sensitive_variables
 from kms_hasher import background, conf, encoding, keyring, users
 from kms_hasher.exceptions import (
     ConfigurationError,
+    DataKeyDamaged,
     DataKeyMissing,
     KeyNotFound,
     KeyUnusable,
@@ -175,7 +176,7 @@ def check_decoy(password: str, name: str = "") -> None:
             _check_elsewhere(password, name, _decoys[key])
         else:
             check_password(password, _decoys[key])
-    except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyMissing):
+    except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyDamaged, DataKeyMissing):
         # The key has been rotated away since, or the data key pruned; or it is out of use,
         # which this tells.
         _make_decoy(key)

@@ -36,7 +36,13 @@ from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import columns, conf, encoding, keyring, modes
 from kms_hasher.encoding import DATA_KEY, PREFIX, Header, SealedHash
-from kms_hasher.exceptions import DataKeyMissing, MalformedHash
+from kms_hasher.exceptions import (
+    DataKeyDamaged,
+    DataKeyMissing,
+    InvalidCiphertext,
+    InvalidRequest,
+    MalformedHash,
+)
 from kms_hasher.inner import KINDS, NoParameters
 from kms_hasher.models import DataKey
 from kms_hasher.modes.base import Access, Opener
@@ -85,17 +91,21 @@ class Store:
 
     @sensitive_variables()
     def _opener(self, access: Access, row: DataKey) -> Opener:
-        number, stored = row.number, encoding.parse(row.sealed)
-        if stored.header.algorithm != DATA_KEY or stored.mode != _DIRECT.code:
-            # A password's digest, which its user knows, must not come in a key's place.
-            raise MalformedHash("the row of the data key holds no data key")
+        number = row.number
+        with _damage_told(number):
+            stored = encoding.parse(row.sealed)
+            if stored.header.algorithm != DATA_KEY or stored.mode != _DIRECT.code:
+                # A password's digest, which its user knows, must not come in a key's place.
+                raise MalformedHash("the row of the data key holds no data key")
+            found = _DIRECT.opener(access.of(stored.header), stored)
         if key := _cache.get(number):
             return Opener("", lambda: key)
-        found, keep = _DIRECT.opener(access.of(stored.header), stored), _keeper(number)
+        keep = _keeper(number)
 
         @sensitive_variables()
         def call() -> bytes:
-            key = found.call()
+            with _damage_told(number):
+                key = found.call()
             keep(key)
             return key
 
@@ -110,6 +120,15 @@ class Store:
 
 #: What `modes.envelope` takes data keys from.
 STORE = Store()
+
+
+@contextlib.contextmanager
+def _damage_told(number: int) -> Iterator[None]:
+    """Let no damage of a data key's row look like that of a password, which is wrong then."""
+    try:
+        yield
+    except (InvalidCiphertext, InvalidRequest, MalformedHash) as error:
+        raise DataKeyDamaged(number) from error
 
 
 def _keeper(number: int) -> Callable[[bytes], None]:

@@ -575,6 +575,41 @@ def test_rows_that_do_not_open_stop_no_move(source: str, target: str, enter: Ent
     }.items() <= passwords().items()
 
 
+def damage(kind: str) -> None:
+    """Damage the row of the first data key: no string of ours, or not what KMS has given."""
+    row = DataKey.objects.order_by("pk")[0]
+    row.sealed = row.sealed.replace("$d1$", "$d1x$" if kind == "string" else "$d1$", 1)
+    if kind == "blob":
+        row.sealed = row.sealed[:-8] + "AAAAAAAA"
+    row.save()
+
+
+@pytest.mark.parametrize("kind", ["string", "blob"])
+def test_a_damaged_data_key_is_its_own_rows_matter(kind: str, enter: Enter) -> None:
+    enter("envelope", DATA_KEY_USERS=1)
+    make_users(3)
+    damage(kind)
+    assert (
+        len(rotate_("--verify=all", status=1)["verified"]["bad"]) == 2
+    )  # itself, and its user
+    done = rotate_("--new-data-keys", status=3)
+    assert (done["rewritten"], done["failed"]) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["string", "blob"])
+def test_a_damaged_data_key_that_is_moved_to_is_no_rows_fault(kind: str, enter: Enter) -> None:
+    enter("direct")
+    make_users(2)
+    enter("envelope")
+    data_keys.prepare(1)
+    damage(kind)
+    planned = plan.make(to_mode="envelope")
+    with pytest.raises(errors.DataKeyDamaged):
+        list(rotate.rotate(planned, Options(concurrency=1, settle=0)))
+    assert modes_of_rows() == {"direct": 2}
+    assert RotationRun.objects.get().failed == 0
+
+
 def deny(method: Any, refused: Callable[[str], bool]) -> Any:
     def call_(key: str, *args: Any, **kwargs: Any) -> Any:
         if refused(key):

@@ -22,6 +22,7 @@ from kms_hasher.calls import in_thread
 from kms_hasher.encoding import Header, SealedHash, data_key_number, split_refs
 from kms_hasher.exceptions import (
     ConfigurationError,
+    DataKeyDamaged,
     DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
@@ -66,6 +67,7 @@ _ROW_ERRORS = (InvalidCiphertext, InvalidRequest, MalformedHash)
 #: Errors that come of the state of a key.
 _KEY_ERRORS = (KeyUnusable, KeyNotFound)
 
+_ENVELOPE = modes.MODES["envelope"].code
 _ANY_KEY = "00000000-0000-0000-0000-000000000000"
 
 
@@ -219,7 +221,9 @@ class _Opening(abc.ABC):
             return None
         try:
             call = self.call(stored)
-        except DataKeyMissing as error:
+        except (DataKeyDamaged, DataKeyMissing) as error:
+            if not _is_sealed_by(stored, error.number):
+                raise
             raise MalformedHash(str(error)) from None
 
         def checked() -> str:
@@ -241,6 +245,8 @@ class _Opening(abc.ABC):
         if isinstance(error, _ROW_ERRORS):
             return True
         stored = encoding.parse(value)
+        if isinstance(error, DataKeyDamaged):
+            return _is_sealed_by(stored, error.number)
         if stored.key_ref in self._unusable:
             return True
         if isinstance(error, _KEY_ERRORS):
@@ -390,6 +396,11 @@ def _passwords(rows: QuerySet[Any], name: str) -> QuerySet[Any]:
 def _outer(stored: SealedHash) -> str:
     """Return the ref of the key that sealed, and not that of a MAC's key."""
     return split_refs(stored.key_ref)[0]
+
+
+def _is_sealed_by(stored: SealedHash, number: int) -> bool:
+    """Return whether it is that data key by which it is sealed, and not a new one."""
+    return stored.mode == _ENVELOPE and data_key_number(stored.key_ref) == number
 
 
 def _is_enabled(key: str) -> bool:
