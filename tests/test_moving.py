@@ -4,6 +4,7 @@ Rotation, moves between modes, data keys and the seals of all hashers, through t
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import json
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 from django.conf import settings as django_settings
-from django.contrib.auth.hashers import make_password
+from django.contrib.auth.hashers import check_password, make_password
 from django.contrib.auth.models import User
 from django.contrib.auth.tokens import default_token_generator
 from django.core.management import CommandError, call_command
@@ -608,6 +609,43 @@ def test_a_damaged_data_key_that_is_moved_to_is_no_rows_fault(kind: str, enter: 
         list(rotate.rotate(planned, Options(concurrency=1, settle=0)))
     assert modes_of_rows() == {"direct": 2}
     assert RotationRun.objects.get().failed == 0
+
+
+@pytest.mark.parametrize("source", ["stock", "direct"])
+@pytest.mark.parametrize(
+    ("target", "operation"),
+    [("envelope", "generate_data_key"), ("public_key", "get_public_key")],
+)
+def test_what_is_asked_for_before_a_row_is_asked_for_again(
+    source: str,
+    target: str,
+    operation: str,
+    enter: Enter,
+    kms: Provider,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One throttled call ends no run."""
+    made: list[int] = []
+    method = getattr(kms, operation)
+
+    def throttled_once(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        if len(made) == 1:
+            raise errors.KMSThrottled
+        return method(*args, **kwargs)
+
+    enter("direct")
+    stock, sealed = make_password("pw", hasher="argon2"), make_password("pw")
+    enter(target)
+    monkeypatch.setattr(kms, operation, throttled_once)
+    task = jobs.Wrap().task(stock) if source == "stock" else jobs.Convert(target).task(sealed)
+    assert task is not None
+    assert len(made) == 2
+    assert check_password("pw", asyncio.run(done(task)))
+
+
+async def done(task: workers.Task) -> str:
+    return str(await task())
 
 
 def deny(method: Any, refused: Callable[[str], bool]) -> Any:

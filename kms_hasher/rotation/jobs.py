@@ -40,7 +40,7 @@ from kms_hasher.inner import is_stock
 from kms_hasher.models import Key, RotationRun
 from kms_hasher.modes.base import HMAC
 from kms_hasher.providers import base
-from kms_hasher.rotation.workers import Task
+from kms_hasher.rotation.workers import Task, patiently
 
 ALIAS_MOVED = (
     "{alias} was moved to {arn} while this run was under way. All passwords are as good as "
@@ -190,7 +190,8 @@ class Wrap:
             raise MalformedHash(WRONG_SIZE.format(size=len(digest), wanted=header.kind.size))
         if not _readable(header):
             raise MalformedHash(TOO_COSTLY)
-        seal = keyring.sealer(header, purpose="wrap")
+        # It may make a data key, or ask for the public one.
+        seal = patiently(lambda: keyring.sealer(header, purpose="wrap"))
 
         @sensitive_variables()
         def wrap() -> str:
@@ -323,10 +324,9 @@ class Convert(_Opening):
         return self._after is not None and data_key_number(stored.key_ref) <= self._after
 
     def call(self, stored: SealedHash) -> Callable[[], str]:
-        convert, source = (
-            keyring.converter(stored, purpose="rotate"),
-            modes.by_code(stored.mode),
-        )
+        # It may make a data key, or ask for the public one.
+        convert = patiently(lambda: keyring.converter(stored, purpose="rotate"))
+        source = modes.by_code(stored.mode)
 
         def converted() -> str:
             new = str(convert())
