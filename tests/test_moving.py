@@ -25,7 +25,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
-from kms_hasher import columns, data_keys, encoding, inner, keyring, modes, users
+from kms_hasher import columns, data_keys, encoding, inner, keyring, modes, policies, users
 from kms_hasher import exceptions as errors
 from kms_hasher.models import DataKey, Key, RotationRun
 from kms_hasher.modes import public_key
@@ -37,6 +37,7 @@ from kms_hasher.rotation import (
     plan,
     rotate,
     runs,
+    status,
     sweeps,
     verify,
     workers,
@@ -1126,6 +1127,30 @@ def test_what_is_denied_is_told(
         assert f"{operation} {said}" in out or f"Whether {operation}" in out
         if mode in DIGEST:
             assert "Decrypt         not checked" in out
+
+
+@pytest.mark.parametrize("rewraps", [True, False])
+@pytest.mark.parametrize("mode", [*DIGEST, "mac_in_direct"])
+def test_what_logins_do_not_need_is_no_problem(
+    mode: str, rewraps: bool, enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy that kms_status prints for web servers leaves it out as well."""
+
+    def denied(*args: Any, **kwargs: Any) -> Any:
+        raise errors.KMSAccessDenied
+
+    enter(mode, REWRAP_ON_LOGIN=rewraps)
+    make_users(1)
+    monkeypatch.setattr(kms, "re_encrypt", denied)
+    needed = rewraps and mode != "envelope"
+    found = status.look()
+    assert found.permissions["ReEncrypt"] == "denied"
+    told = [each for each in found.problems if "ReEncrypt is denied" in each]
+    noted = [each for each in found.notes if "ReEncrypt is denied" in each]
+    assert (len(told), len(noted)) == (needed, not needed)
+    assert bool(found.problems) == needed
+    web = json.dumps(policies.policy("web")["iam"])
+    assert ("kms:ReEncrypt" in web) == needed
 
 
 @pytest.mark.parametrize("source", MODES)

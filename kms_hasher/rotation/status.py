@@ -34,6 +34,10 @@ MOVES = 5
 NO_KEY = "KEY {key}: {error}"
 NOT_ENABLED = "The key {arn} is {state}: no password can be set or checked with it."
 PERMISSION_DENIED = "{operation} is denied: check the IAM policy and the key policy."
+ROTATION_ALONE = (
+    "{operation} is denied: as the settings are, rotate_kms_key alone needs it, which may have "
+    "permissions of its own."
+)
 NOT_TOLD = "Whether {operation} is allowed cannot be told: {error}"
 NO_COLUMN = "{column} has no column in the database: migrate."
 NARROW = (
@@ -217,10 +221,16 @@ def _try_permissions(status: Status, arn: str) -> None:
     trial = permissions.Trial(arn).run()
     status.permissions = trial.answers
     for operation, answer in trial.answers.items():
-        if answer == DENIED:
+        if answer == DENIED and operation == "ReEncrypt" and not _rewraps_at_login(status):
+            status.notes.append(ROTATION_ALONE.format(operation=operation))
+        elif answer == DENIED:
             status.problems.append(PERMISSION_DENIED.format(operation=operation))
     for operation, error in trial.errors.items():
         status.problems.append(NOT_TOLD.format(operation=operation, error=error))
+
+
+def _rewraps_at_login(status: Status) -> bool:
+    return conf.get().rewrap_on_login and modes.by_name(status.mode).rewraps
 
 
 def _look_at_columns(status: Status) -> None:
