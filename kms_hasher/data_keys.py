@@ -176,7 +176,8 @@ def prepare(number: int) -> list[int]:
 def retire() -> int:
     """Let no more be sealed with any of the present data keys; return the highest number."""
     rows().filter(retired_at=None).update(retired_at=timezone.now())
-    last = rows().order_by("-pk").first()
+    # Not of all: one may be made meanwhile, and others have begun to seal by it.
+    last = rows().exclude(retired_at=None).order_by("-pk").first()
     return last.number if last else 0
 
 

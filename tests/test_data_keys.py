@@ -19,6 +19,7 @@ from asgiref.sync import async_to_sync
 from django.contrib.auth.hashers import check_password, make_password
 from django.contrib.auth.models import User
 from django.db import connection, connections, transaction
+from django.db.models import QuerySet
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -147,6 +148,23 @@ class TestRows:
         data_keys.retire()
         row.refresh_from_db()
         assert row.retired_at == again
+
+    def test_one_made_while_others_are_retired_is_not_among_them(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or a run would take what is sealed by it for old."""
+        old = number_of(make_password(PASSWORD))
+        update = QuerySet.update
+
+        def and_somebody_signs_up(self: Any, **values: Any) -> int:
+            count = update(self, **values)
+            monkeypatch.undo()
+            make_password(PASSWORD)
+            return count
+
+        monkeypatch.setattr(QuerySet, "update", and_somebody_signs_up)
+        assert data_keys.retire() == old
+        assert len(uses()) == 2
 
     def test_one_is_kept_for_a_while_after_it_was_retired(self) -> None:
         """What was being sealed by it just then may be committed after the pass."""
