@@ -696,6 +696,50 @@ def test_the_key_that_is_moved_to_is_no_rows_fault(enter: Enter, kms: Provider) 
     assert RotationRun.objects.get().failed == 0
 
 
+@pytest.mark.parametrize(
+    "kind", [errors.KeyDisabled, errors.KeyNotFound, errors.KMSAccessDenied]
+)
+def test_the_key_of_a_data_key_that_is_moved_to_is_no_rows_fault(
+    kind: type[errors.KMSError], enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("envelope", KEY=kms.create_key().key_arn)
+    data_keys.prepare(1)
+    (stored,) = (encoding.parse(row.sealed) for row in DataKey.objects.all())
+    enter("direct")
+    make_users(2)
+    enter("envelope")
+    monkeypatch.setattr(kms, "decrypt", failing(kms, stored, kind))
+    planned = plan.make(to_mode="envelope")
+    with pytest.raises(kind):
+        list(rotate.rotate(planned, Options(concurrency=1, settle=0)))
+    assert modes_of_rows() == {"direct": 2}
+    assert RotationRun.objects.get().failed == 0
+
+
+def test_the_key_of_a_data_key_that_is_left_makes_its_rows_bad(
+    enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("envelope", KEY=kms.create_key().key_arn)
+    make_users(2)
+    (stored,) = (encoding.parse(row.sealed) for row in DataKey.objects.all())
+    enter("direct")
+    monkeypatch.setattr(kms, "decrypt", failing(kms, stored, errors.KeyDisabled))
+    done = rotate_("--to-mode", "direct", status=3)
+    assert (done["rewritten"], done["failed"]) == (0, 2)
+
+
+def failing(kms: Provider, stored: encoding.SealedHash, kind: type[errors.KMSError]) -> Any:
+    """Return a Decrypt that fails by the key of `stored`, and says which, as AWS's does."""
+    decrypt, key_id = kms.decrypt, encoding.key_id(stored.key_ref)
+
+    def call_(key: str, *args: Any, **kwargs: Any) -> Any:
+        if key_id in key:
+            raise kind("no", operation="Decrypt", key=key)
+        return decrypt(key, *args, **kwargs)
+
+    return call_
+
+
 def test_a_key_that_is_disabled_makes_its_rows_bad(enter: Enter, kms: Provider) -> None:
     enter("direct")
     make_users(3)

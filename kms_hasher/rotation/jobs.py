@@ -17,7 +17,7 @@ from django.contrib.auth.hashers import get_hasher, get_hashers
 from django.db.models import Q, QuerySet
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import conf, encoding, keyring, modes
+from kms_hasher import conf, data_keys, encoding, keyring, modes
 from kms_hasher.calls import in_thread
 from kms_hasher.encoding import Header, SealedHash, data_key_number, split_refs
 from kms_hasher.exceptions import (
@@ -250,6 +250,8 @@ class _Opening(abc.ABC):
             return _is_sealed_by(stored, error.number)
         if stored.key_ref in self._unusable:
             return True
+        if not _may_be_of(stored, error):
+            return False
         if isinstance(error, _KEY_ERRORS):
             blamed = self.can_seal()
         elif isinstance(error, KMSAccessDenied) and error.operation == "Decrypt":
@@ -401,6 +403,18 @@ def _outer(stored: SealedHash) -> str:
 def _is_sealed_by(stored: SealedHash, number: int) -> bool:
     """Return whether it is that data key by which it is sealed, and not a new one."""
     return stored.mode == _ENVELOPE and data_key_number(stored.key_ref) == number
+
+
+def _may_be_of(stored: SealedHash, error: KMSHasherError) -> bool:
+    """Return whether it may be the key that opens it that an error is of, and not a new one."""
+    if not isinstance(error, KMSError) or not error.key:  # which not every provider says
+        return True
+    if stored.mode == _ENVELOPE:
+        row = data_keys.rows().get(pk=data_key_number(stored.key_ref))
+        stored = encoding.parse(row.sealed)
+    settings = conf.get()
+    home = settings.key_for(encoding.key_id(_outer(stored)))
+    return error.key in (home, *settings.replicas(home))
 
 
 def _is_enabled(key: str) -> bool:
