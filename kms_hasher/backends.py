@@ -34,6 +34,7 @@ from django.views.decorators.debug import sensitive_variables
 from kms_hasher import background, conf, encoding, keyring, users
 from kms_hasher.exceptions import (
     ConfigurationError,
+    DataKeyDamaged,
     DataKeyMissing,
     KeyNotFound,
     KeyUnusable,
@@ -175,7 +176,7 @@ def check_decoy(password: str, name: str = "") -> None:
             _check_elsewhere(password, name, _decoys[key])
         else:
             check_password(password, _decoys[key])
-    except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyMissing):
+    except (KeyUnusable, KeyNotFound, KMSAccessDenied, DataKeyDamaged, DataKeyMissing):
         # The key has been rotated away since, or the data key pruned; or it is out of use,
         # which this tells.
         _make_decoy(key)
@@ -190,6 +191,8 @@ def _check_elsewhere(password: str, name: str, decoy: str) -> None:
     names, which always is, would tell them. It opens nothing, and that matches nothing.
     """
     among = _data_keys()
+    if not among:  # all were deleted since the decoy was made
+        raise DataKeyMissing(0)
     share = int(salted_hmac("kms_hasher.backends", name, algorithm="sha256").hexdigest(), 16)
     ref = encoding.data_key_ref(among[share % len(among)])
     stored = dataclasses.replace(encoding.parse(decoy), key_ref=ref)

@@ -29,13 +29,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from django.db import connections, router, transaction
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import F, QuerySet
 from django.utils import timezone
 from django.views.decorators.debug import sensitive_variables
 
 from kms_hasher import columns, conf, encoding, keyring, modes
 from kms_hasher.encoding import DATA_KEY, PREFIX, Header, SealedHash
-from kms_hasher.exceptions import DataKeyMissing, MalformedHash
+from kms_hasher.exceptions import (
+    DataKeyDamaged,
+    DataKeyMissing,
+    InvalidCiphertext,
+    InvalidRequest,
+    MalformedHash,
+)
 from kms_hasher.inner import KINDS, NoParameters
 from kms_hasher.models import DataKey
 from kms_hasher.modes.base import Access, Opener
@@ -70,8 +77,7 @@ class Store:
             return row.number, self._opener(access, row)
         made, plaintext = _generate(access)
         number = _run(lambda: _insert(made, uses=1))
-        if _cache.seconds:
-            _cache.put(number, plaintext)
+        _keeper(number)(plaintext)
         return number, Opener("", lambda: plaintext)
 
     @sensitive_variables()
@@ -85,19 +91,22 @@ class Store:
 
     @sensitive_variables()
     def _opener(self, access: Access, row: DataKey) -> Opener:
-        number, stored = row.number, encoding.parse(row.sealed)
-        if stored.header.algorithm != DATA_KEY or stored.mode != _DIRECT.code:
-            # A password's digest, which its user knows, must not come in a key's place.
-            raise MalformedHash("the row of the data key holds no data key")
+        number = row.number
+        with _damage_told(number):
+            stored = encoding.parse(row.sealed)
+            if stored.header.algorithm != DATA_KEY or stored.mode != _DIRECT.code:
+                # A password's digest, which its user knows, must not come in a key's place.
+                raise MalformedHash("the row of the data key holds no data key")
+            found = _DIRECT.opener(access.of(stored.header), stored)
         if key := _cache.get(number):
             return Opener("", lambda: key)
-        found = _DIRECT.opener(access.of(stored.header), stored)
+        keep = _keeper(number)
 
         @sensitive_variables()
         def call() -> bytes:
-            key = found.call()
-            if _cache.seconds:
-                _cache.put(number, key)
+            with _damage_told(number):
+                key = found.call()
+            keep(key)
             return key
 
         @sensitive_variables()
@@ -111,6 +120,37 @@ class Store:
 
 #: What `modes.envelope` takes data keys from.
 STORE = Store()
+
+
+@contextlib.contextmanager
+def _damage_told(number: int) -> Iterator[None]:
+    """Let no damage of a data key's row look like that of a password, which is wrong then."""
+    try:
+        yield
+    except (InvalidCiphertext, InvalidRequest, MalformedHash) as error:
+        raise DataKeyDamaged(number) from error
+
+
+def _keeper(number: int) -> Callable[[bytes], None]:
+    """
+    Return what keeps a plaintext key in memory, for as long as it may be; from any thread.
+
+    Where the caller's transaction may have made the row, the key is not kept before that is
+    committed: after a rollback the number is given to another data key.
+    """
+
+    @sensitive_variables()
+    def put(key: bytes) -> None:
+        if _cache.seconds:
+            _cache.put(number, key)
+
+    connection = connections[router.db_for_write(DataKey)]
+    # What is held is wiped when the run ends, which is before a transaction around it does.
+    if _cache.held or not (_is_here(connection) and connection.in_atomic_block):
+        return put
+    made: list[bytes] = []
+    transaction.on_commit(lambda: [put(key) for key in made[:1]], using=connection.alias)
+    return made.append
 
 
 @sensitive_variables()
@@ -135,8 +175,9 @@ def prepare(number: int) -> list[int]:
 
 def retire() -> int:
     """Let no more be sealed with any of the present data keys; return the highest number."""
-    DataKey.objects.filter(retired_at=None).update(retired_at=timezone.now())
-    last = DataKey.objects.order_by("-pk").first()
+    rows().filter(retired_at=None).update(retired_at=timezone.now())
+    # Not of all: one may be made meanwhile, and others have begun to seal by it.
+    last = rows().exclude(retired_at=None).order_by("-pk").first()
     return last.number if last else 0
 
 
@@ -166,7 +207,7 @@ def delete(numbers: Sequence[int]) -> int:
 
 
 def _retired() -> QuerySet[DataKey]:
-    return DataKey.objects.filter(retired_at__lte=timezone.now() - GRACE)
+    return rows().filter(retired_at__lte=timezone.now() - GRACE)
 
 
 @sensitive_variables()
@@ -184,18 +225,25 @@ def _generate(access: Access) -> tuple[SealedHash, bytes]:
 # --- rows -----------------------------------------------------------------------------
 
 
+def rows() -> QuerySet[DataKey]:
+    """
+    Return all data keys, where they are written.
+
+    Not from a replica, which may not have one yet that a password was just sealed by.
+    """
+    return DataKey.objects.using(router.db_for_write(DataKey))
+
+
 def _take() -> DataKey | None:
     """Return the first row that can take another digest, with that counted."""
     settings = conf.get()
     since = timezone.now() - datetime.timedelta(days=settings.data_key_days)
     if held := _cache.block(since):
         return held
-    rows = DataKey.objects.filter(
-        retired_at=None, uses__lt=settings.data_key_users, made_at__gt=since
-    )
-    while row := rows.order_by("pk").first():
+    usable = rows().filter(retired_at=None, uses__lt=settings.data_key_users, made_at__gt=since)
+    while row := usable.order_by("pk").first():
         uses = min(BLOCK if _cache.held else 1, settings.data_key_users - row.uses)
-        same = DataKey.objects.filter(pk=row.pk, uses=row.uses, retired_at=None)
+        same = rows().filter(pk=row.pk, uses=row.uses, retired_at=None)
         if same.update(uses=F("uses") + uses):  # and nobody was faster
             _cache.keep_block(row, uses - 1)
             return row
@@ -210,39 +258,46 @@ def _insert(stored: SealedHash, uses: int) -> int:
 
 def numbers() -> list[int]:
     """Return the numbers of all data keys. Called in any thread."""
-    return _ask(lambda: list(DataKey.objects.order_by("pk").values_list("pk", flat=True)))
+    return _ask(lambda: list(rows().order_by("pk").values_list("pk", flat=True)))
 
 
 def _read(number: int) -> DataKey | None:
-    # Not from a replica, which may not have a row yet that a password was just sealed by.
-    rows = DataKey.objects.using(router.db_for_write(DataKey))
-    return _ask(lambda: rows.filter(pk=number).first())
+    return _ask(lambda: rows().filter(pk=number).first())
 
 
 def _ask(read: Callable[[], T]) -> T:
     # A thread that has no connection yet is to be left without: nobody might close it.
     unused = connections[router.db_for_write(DataKey)].connection is None
     if _on_event_loop() or (unused and conf.get().audit != "inline"):
-        return _thread().submit(read).result()
+        return _in_thread(read)
     return read()
 
 
 def _run(call: Callable[[], T]) -> T:
     """Return what a short transaction of its own comes to."""
     connection = connections[router.db_for_write(DataKey)]
-    here = connection.vendor == "sqlite" or conf.get().audit == "inline"
-    if here and not _on_event_loop():
+    if _is_here(connection):
         # A failure within a transaction of the caller's is not to break it.
         inside = connection.in_atomic_block
         with transaction.atomic(connection.alias) if inside else contextlib.nullcontext():
             return call()
+    return _in_thread(call)
+
+
+def _in_thread(call: Callable[[], T]) -> T:
+    """Return what a call comes to in our thread, whose connection is replaced if it died."""
 
     def run() -> T:
-        connection = connections[router.db_for_write(DataKey)]
-        connection.close_if_unusable_or_obsolete()
+        connections[router.db_for_write(DataKey)].close_if_unusable_or_obsolete()
         return call()
 
     return _thread().submit(run).result()
+
+
+def _is_here(connection: BaseDatabaseWrapper) -> bool:
+    """Return whether data keys are counted and made on the caller's connection."""
+    shared = connection.vendor == "sqlite" or conf.get().audit == "inline"
+    return shared and not _on_event_loop()
 
 
 def _on_event_loop() -> bool:

@@ -40,6 +40,22 @@ class DataKeyMissing(KMSHasherError):
         )
 
 
+class DataKeyDamaged(KMSHasherError):
+    """
+    Raised when the row of a data key does not hold what was stored there.
+
+    It was altered, say, or restored under another name of the deployment: what the data key
+    sealed cannot be opened until the row is as it was.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(
+            f"The row of the data key {number}, by which stored passwords are sealed, is "
+            "damaged: restore it."
+        )
+
+
 class AuditError(KMSHasherError):
     """Raised when an event cannot be recorded and `AUDIT_STRICT` is set."""
 

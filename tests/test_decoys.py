@@ -50,6 +50,16 @@ def test_a_lost_data_key_of_many_fails_no_login(settings: Any) -> None:
     assert authenticate(None, username="nobody", password=PASSWORD) is None
 
 
+def test_no_data_key_at_all_fails_no_login(settings: Any) -> None:
+    use(settings, DATA_KEY_CACHE_SECONDS=60)
+    backends.prewarm()
+    DataKey.objects.all().delete()
+
+    assert authenticate(None, username="nobody", password=PASSWORD) is None
+    assert DataKey.objects.count() == 1  # of a new decoy
+
+
+@pytest.mark.django_db(transaction=True)
 def test_unknown_names_are_spread_over_the_data_keys(
     settings: Any, calls: Callable[[], list[str]]
 ) -> None:

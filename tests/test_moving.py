@@ -4,6 +4,7 @@ Rotation, moves between modes, data keys and the seals of all hashers, through t
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding
 from django.conf import settings as django_settings
-from django.contrib.auth.hashers import make_password
+from django.contrib.auth.hashers import check_password, make_password
 from django.contrib.auth.models import User
 from django.contrib.auth.tokens import default_token_generator
 from django.core.management import CommandError, call_command
@@ -25,7 +26,7 @@ from django.db.backends.base.base import BaseDatabaseWrapper
 from django.utils import timezone
 from django.utils.module_loading import import_string
 
-from kms_hasher import columns, data_keys, encoding, inner, keyring, modes, users
+from kms_hasher import columns, data_keys, encoding, inner, keyring, modes, policies, users
 from kms_hasher import exceptions as errors
 from kms_hasher.management.commands import widen_password_column
 from kms_hasher.models import DataKey, Key, RotationRun
@@ -39,6 +40,7 @@ from kms_hasher.rotation import (
     rotate,
     runs,
     seal,
+    status,
     sweeps,
     verify,
     workers,
@@ -601,6 +603,78 @@ def test_something_sealed_by_a_stranger_with_the_public_half_stops_nothing(
     assert passwords()[victim.pk] == value
 
 
+def damage(kind: str) -> None:
+    """Damage the row of the first data key: no string of ours, or not what KMS has given."""
+    row = DataKey.objects.order_by("pk")[0]
+    row.sealed = row.sealed.replace("$d1$", "$d1x$" if kind == "string" else "$d1$", 1)
+    if kind == "blob":
+        row.sealed = row.sealed[:-8] + "AAAAAAAA"
+    row.save()
+
+
+@pytest.mark.parametrize("kind", ["string", "blob"])
+def test_a_damaged_data_key_is_its_own_rows_matter(kind: str, enter: Enter) -> None:
+    enter("envelope", DATA_KEY_USERS=1)
+    make_users(3)
+    damage(kind)
+    assert (
+        len(rotate_("--verify=all", status=1)["verified"]["bad"]) == 2
+    )  # itself, and its user
+    done = rotate_("--new-data-keys", status=3)
+    assert (done["rewritten"], done["failed"]) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["string", "blob"])
+def test_a_damaged_data_key_that_is_moved_to_is_no_rows_fault(kind: str, enter: Enter) -> None:
+    enter("direct")
+    make_users(2)
+    enter("envelope")
+    data_keys.prepare(1)
+    damage(kind)
+    planned = plan.make(to_mode="envelope")
+    with pytest.raises(errors.DataKeyDamaged):
+        list(rotate.rotate(planned, Options(concurrency=1, settle=0)))
+    assert modes_of_rows() == {"direct": 2}
+    assert RotationRun.objects.get().failed == 0
+
+
+@pytest.mark.parametrize("source", ["stock", "direct"])
+@pytest.mark.parametrize(
+    ("target", "operation"),
+    [("envelope", "generate_data_key"), ("public_key", "get_public_key")],
+)
+def test_what_is_asked_for_before_a_row_is_asked_for_again(
+    source: str,
+    target: str,
+    operation: str,
+    enter: Enter,
+    kms: Provider,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One throttled call ends no run."""
+    made: list[int] = []
+    method = getattr(kms, operation)
+
+    def throttled_once(*args: Any, **kwargs: Any) -> Any:
+        made.append(1)
+        if len(made) == 1:
+            raise errors.KMSThrottled
+        return method(*args, **kwargs)
+
+    enter("direct")
+    stock, sealed = make_password("pw", hasher="argon2"), make_password("pw")
+    enter(target)
+    monkeypatch.setattr(kms, operation, throttled_once)
+    task = jobs.Wrap().task(stock) if source == "stock" else jobs.Convert(target).task(sealed)
+    assert task is not None
+    assert len(made) == 2
+    assert check_password("pw", asyncio.run(done(task)))
+
+
+async def done(task: workers.Task) -> str:
+    return str(await task())
+
+
 def deny(method: Any, refused: Callable[[str], bool]) -> Any:
     def call_(key: str, *args: Any, **kwargs: Any) -> Any:
         if refused(key):
@@ -646,6 +720,50 @@ def test_the_key_that_is_moved_to_is_no_rows_fault(enter: Enter, kms: Provider) 
         list(rotate.rotate(planned, Options(concurrency=1, settle=0)))
     assert modes_of_rows() == {"mac": 2}
     assert RotationRun.objects.get().failed == 0
+
+
+@pytest.mark.parametrize(
+    "kind", [errors.KeyDisabled, errors.KeyNotFound, errors.KMSAccessDenied]
+)
+def test_the_key_of_a_data_key_that_is_moved_to_is_no_rows_fault(
+    kind: type[errors.KMSError], enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("envelope", KEY=kms.create_key().key_arn)
+    data_keys.prepare(1)
+    (stored,) = (encoding.parse(row.sealed) for row in DataKey.objects.all())
+    enter("direct")
+    make_users(2)
+    enter("envelope")
+    monkeypatch.setattr(kms, "decrypt", failing(kms, stored, kind))
+    planned = plan.make(to_mode="envelope")
+    with pytest.raises(kind):
+        list(rotate.rotate(planned, Options(concurrency=1, settle=0)))
+    assert modes_of_rows() == {"direct": 2}
+    assert RotationRun.objects.get().failed == 0
+
+
+def test_the_key_of_a_data_key_that_is_left_makes_its_rows_bad(
+    enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("envelope", KEY=kms.create_key().key_arn)
+    make_users(2)
+    (stored,) = (encoding.parse(row.sealed) for row in DataKey.objects.all())
+    enter("direct")
+    monkeypatch.setattr(kms, "decrypt", failing(kms, stored, errors.KeyDisabled))
+    done = rotate_("--to-mode", "direct", status=3)
+    assert (done["rewritten"], done["failed"]) == (0, 2)
+
+
+def failing(kms: Provider, stored: encoding.SealedHash, kind: type[errors.KMSError]) -> Any:
+    """Return a Decrypt that fails by the key of `stored`, and says which, as AWS's does."""
+    decrypt, key_id = kms.decrypt, encoding.key_id(stored.key_ref)
+
+    def call_(key: str, *args: Any, **kwargs: Any) -> Any:
+        if key_id in key:
+            raise kind("no", operation="Decrypt", key=key)
+        return decrypt(key, *args, **kwargs)
+
+    return call_
 
 
 def test_a_key_that_is_disabled_makes_its_rows_bad(enter: Enter, kms: Provider) -> None:
@@ -1255,6 +1373,30 @@ def test_what_is_denied_is_told(
         assert f"{operation} {said}" in out or f"Whether {operation}" in out
         if mode in DIGEST:
             assert "Decrypt         not checked" in out
+
+
+@pytest.mark.parametrize("rewraps", [True, False])
+@pytest.mark.parametrize("mode", [*DIGEST, "mac_in_direct"])
+def test_what_logins_do_not_need_is_no_problem(
+    mode: str, rewraps: bool, enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The policy that kms_status prints for web servers leaves it out as well."""
+
+    def denied(*args: Any, **kwargs: Any) -> Any:
+        raise errors.KMSAccessDenied
+
+    enter(mode, REWRAP_ON_LOGIN=rewraps)
+    make_users(1)
+    monkeypatch.setattr(kms, "re_encrypt", denied)
+    needed = rewraps and mode != "envelope"
+    found = status.look()
+    assert found.permissions["ReEncrypt"] == "denied"
+    told = [each for each in found.problems if "ReEncrypt is denied" in each]
+    noted = [each for each in found.notes if "ReEncrypt is denied" in each]
+    assert (len(told), len(noted)) == (needed, not needed)
+    assert bool(found.problems) == needed
+    web = json.dumps(policies.policy("web")["iam"])
+    assert ("kms:ReEncrypt" in web) == needed
 
 
 @pytest.mark.parametrize("source", MODES)

@@ -30,10 +30,17 @@ class DataKeys(Protocol):
     """Where data keys are. Both are called in the thread that has the database."""
 
     def take(self, access: Access) -> tuple[int, Opener]:
-        """Return the number of a data key to seal one digest with, and what gives the key."""
+        """
+        Return the number of a data key to seal one digest with, and what gives the key.
+
+        Both may raise `DataKeyDamaged`.
+        """
 
     def find(self, access: Access, number: int) -> Opener:
-        """Return what gives the data key. Raises `DataKeyMissing` if there is none."""
+        """
+        Return what gives the data key. Raises `DataKeyMissing` if there is none; both may
+        raise `DataKeyDamaged`.
+        """
 
 
 def _data_keys() -> DataKeys:

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 
 from django.utils import timezone
 
-from kms_hasher import conf, modes
-from kms_hasher.models import DataKey
+from kms_hasher import conf, data_keys, modes
 
 _OPENS: Mapping[str, tuple[str, ...]] = {
     "direct": ("Decrypt",),
@@ -33,7 +32,7 @@ _SEALS: Mapping[str, tuple[str, ...]] = {
 def opening(mode: str, rows: int) -> Counter[str]:
     """Return the calls by operation; `mode` is a mode's name."""
     if mode == "envelope":
-        return +Counter(Decrypt=min(rows, DataKey.objects.count()))
+        return +Counter(Decrypt=min(rows, data_keys.rows().count()))
     return _each(_OPENS.get(mode, ()), rows)
 
 
@@ -67,7 +66,7 @@ def _under_data_keys(rows: int, *, new: bool = False) -> Counter[str]:
     settings, opened, left = conf.get(), 0, rows
     if not new:
         since = timezone.now() - datetime.timedelta(days=settings.data_key_days)
-        usable = DataKey.objects.filter(retired_at=None, made_at__gt=since)
+        usable = data_keys.rows().filter(retired_at=None, made_at__gt=since)
         usable = usable.filter(uses__lt=settings.data_key_users)
         for uses in usable.order_by("pk").values_list("uses", flat=True):
             if left <= 0:

@@ -17,11 +17,12 @@ from django.contrib.auth.hashers import get_hasher, get_hashers
 from django.db.models import Q, QuerySet
 from django.views.decorators.debug import sensitive_variables
 
-from kms_hasher import conf, encoding, keyring, modes
+from kms_hasher import conf, data_keys, encoding, keyring, modes
 from kms_hasher.calls import in_thread
 from kms_hasher.encoding import Header, SealedHash, data_key_number, split_refs
 from kms_hasher.exceptions import (
     ConfigurationError,
+    DataKeyDamaged,
     DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
@@ -39,7 +40,7 @@ from kms_hasher.inner import is_stock
 from kms_hasher.models import Key, RotationRun
 from kms_hasher.modes.base import HMAC
 from kms_hasher.providers import base
-from kms_hasher.rotation.workers import Task
+from kms_hasher.rotation.workers import Task, patiently
 
 ALIAS_MOVED = (
     "{alias} was moved to {arn} while this run was under way. All passwords are as good as "
@@ -66,6 +67,7 @@ _ROW_ERRORS = (InvalidCiphertext, InvalidRequest, MalformedHash)
 #: Errors that come of the state of a key.
 _KEY_ERRORS = (KeyUnusable, KeyNotFound)
 
+_ENVELOPE = modes.MODES["envelope"].code
 _ANY_KEY = "00000000-0000-0000-0000-000000000000"
 
 
@@ -188,7 +190,8 @@ class Wrap:
             raise MalformedHash(WRONG_SIZE.format(size=len(digest), wanted=header.kind.size))
         if not _readable(header):
             raise MalformedHash(TOO_COSTLY)
-        seal = keyring.sealer(header, purpose="wrap")
+        # It may make a data key, or ask for the public one.
+        seal = patiently(lambda: keyring.sealer(header, purpose="wrap"))
 
         @sensitive_variables()
         def wrap() -> str:
@@ -219,7 +222,9 @@ class _Opening(abc.ABC):
             return None
         try:
             call = self.call(stored)
-        except DataKeyMissing as error:
+        except (DataKeyDamaged, DataKeyMissing) as error:
+            if not _is_sealed_by(stored, error.number):
+                raise
             raise MalformedHash(str(error)) from None
 
         def checked() -> str:
@@ -241,8 +246,12 @@ class _Opening(abc.ABC):
         if isinstance(error, _ROW_ERRORS):
             return True
         stored = encoding.parse(value)
+        if isinstance(error, DataKeyDamaged):
+            return _is_sealed_by(stored, error.number)
         if stored.key_ref in self._unusable:
             return True
+        if not _may_be_of(stored, error):
+            return False
         if isinstance(error, _KEY_ERRORS):
             blamed = self.can_seal()
         elif isinstance(error, KMSAccessDenied) and error.operation == "Decrypt":
@@ -317,10 +326,9 @@ class Convert(_Opening):
         return self._after is not None and data_key_number(stored.key_ref) <= self._after
 
     def call(self, stored: SealedHash) -> Callable[[], str]:
-        convert, source = (
-            keyring.converter(stored, purpose="rotate"),
-            modes.by_code(stored.mode),
-        )
+        # It may make a data key, or ask for the public one.
+        convert = patiently(lambda: keyring.converter(stored, purpose="rotate"))
+        source = modes.by_code(stored.mode)
 
         def converted() -> str:
             new = str(convert())
@@ -390,6 +398,23 @@ def _passwords(rows: QuerySet[Any], name: str) -> QuerySet[Any]:
 def _outer(stored: SealedHash) -> str:
     """Return the ref of the key that sealed, and not that of a MAC's key."""
     return split_refs(stored.key_ref)[0]
+
+
+def _is_sealed_by(stored: SealedHash, number: int) -> bool:
+    """Return whether it is that data key by which it is sealed, and not a new one."""
+    return stored.mode == _ENVELOPE and data_key_number(stored.key_ref) == number
+
+
+def _may_be_of(stored: SealedHash, error: KMSHasherError) -> bool:
+    """Return whether it may be the key that opens it that an error is of, and not a new one."""
+    if not isinstance(error, KMSError) or not error.key:  # which not every provider says
+        return True
+    if stored.mode == _ENVELOPE:
+        row = data_keys.rows().get(pk=data_key_number(stored.key_ref))
+        stored = encoding.parse(row.sealed)
+    settings = conf.get()
+    home = settings.key_for(encoding.key_id(_outer(stored)))
+    return error.key in (home, *settings.replicas(home))
 
 
 def _is_enabled(key: str) -> bool:

@@ -13,7 +13,7 @@ from django.core.exceptions import FieldDoesNotExist
 from django.db import DatabaseError
 from django.utils import timezone
 
-from kms_hasher import columns, conf, encoding, keyring, modes, signals, users
+from kms_hasher import columns, conf, data_keys, encoding, keyring, modes, signals, users
 from kms_hasher.columns import Group
 from kms_hasher.exceptions import (
     ConfigurationError,
@@ -23,7 +23,7 @@ from kms_hasher.exceptions import (
     MalformedHash,
     RotationRefused,
 )
-from kms_hasher.models import AliasPeriod, AuditEvent, DataKey, Key, RotationRun
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
 from kms_hasher.providers import base
 from kms_hasher.rotation import keys, permissions, plan, runs
 from kms_hasher.rotation.permissions import DENIED
@@ -34,6 +34,10 @@ MOVES = 5
 NO_KEY = "KEY {key}: {error}"
 NOT_ENABLED = "The key {arn} is {state}: no password can be set or checked with it."
 PERMISSION_DENIED = "{operation} is denied: check the IAM policy and the key policy."
+ROTATION_ALONE = (
+    "{operation} is denied: as the settings are, rotate_kms_key alone needs it, which may have "
+    "permissions of its own."
+)
 NOT_TOLD = "Whether {operation} is allowed cannot be told: {error}"
 NO_COLUMN = "{column} has no column in the database: migrate."
 NARROW = (
@@ -209,10 +213,16 @@ def _try_permissions(status: Status, arn: str) -> None:
     trial = permissions.Trial(arn).run()
     status.permissions = trial.answers
     for operation, answer in trial.answers.items():
-        if answer == DENIED:
+        if answer == DENIED and operation == "ReEncrypt" and not _rewraps_at_login(status):
+            status.notes.append(ROTATION_ALONE.format(operation=operation))
+        elif answer == DENIED:
             status.problems.append(PERMISSION_DENIED.format(operation=operation))
     for operation, error in trial.errors.items():
         status.problems.append(NOT_TOLD.format(operation=operation, error=error))
+
+
+def _rewraps_at_login(status: Status) -> bool:
+    return conf.get().rewrap_on_login and modes.by_name(status.mode).rewraps
 
 
 def _look_at_columns(status: Status) -> None:
@@ -306,7 +316,7 @@ def _look_at_what_is_left(status: Status, present: base.Key, damaged: int) -> No
 
 
 def _look_at_data_keys(status: Status) -> None:
-    rows = DataKey.objects.all()
+    rows = data_keys.rows()
     number, retired = rows.count(), rows.exclude(retired_at=None).count()
     if not number and status.mode != "envelope":
         return

@@ -19,6 +19,7 @@ from kms_hasher import columns, data_keys, encoding, keyring, modes, signals
 from kms_hasher.calls import in_thread
 from kms_hasher.columns import Column
 from kms_hasher.exceptions import (
+    DataKeyDamaged,
     DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
@@ -43,6 +44,7 @@ PAGE = 500
 
 #: Errors that come of one stored value or its key; others end the verification.
 _OF_A_ROW = (
+    DataKeyDamaged,
     DataKeyMissing,
     InvalidCiphertext,
     InvalidRequest,
@@ -130,7 +132,7 @@ def _is_mac(value: str) -> bool:
 def _task(row: tuple[Any, str]) -> tuple[tuple[Any, str], Task]:
     try:
         opener = keyring.opener(encoding.parse(row[1]), purpose="verify")
-    except (MalformedHash, DataKeyMissing) as error:
+    except (MalformedHash, DataKeyDamaged, DataKeyMissing) as error:
         return row, functools.partial(in_thread(_fail), error)
 
     @sensitive_variables()

@@ -18,11 +18,13 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from kms_hasher import keyring, signals
 from kms_hasher.exceptions import AuditError, KMSUnavailable
 from kms_hasher.rotation.pace import MOST, PERIOD, Pace
+
+T = TypeVar("T")
 
 #: Makes one call to KMS; comes to the string to store, or None for nothing to store.
 Task: TypeAlias = "Callable[[], Awaitable[str | None]]"
@@ -234,8 +236,12 @@ class Workers:
                 return error.with_traceback(None)
 
 
-def patiently(call: Callable[[], None]) -> None:
-    """Make one call here, again where KMS cannot answer. Raises what it raises at last."""
+def patiently(call: Callable[[], T]) -> T:
+    """
+    Make one call here, again where KMS cannot answer; return what it gives.
+
+    Raises what it raises at last.
+    """
     pauses = _pauses()
     while True:
         try:
