@@ -17,7 +17,7 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 
 from kms_hasher import calls, encoding, history, signals
-from kms_hasher.audit import findings, reconcile
+from kms_hasher.audit import alarms, findings, reconcile
 from kms_hasher.audit.reconcile import Report
 from kms_hasher.exceptions import ConfigurationError, TrailError
 from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, TrailFile, TrailMark
@@ -496,6 +496,35 @@ def test_what_is_seen_again_after_it_was_acknowledged_is_open_again(tmp_path: Pa
     write(tmp_path, at(61), [record(at(6), sub=new_sub(), caller=THIEF)])
     compare(tmp_path)
     assert findings.open_findings().get().count == 2
+
+
+@pytest.mark.parametrize("where", ["holders.find", "alarms.give"])
+def test_an_alarm_is_not_lost_if_a_run_dies(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = User.objects.create(username="rose", password=make_password("secret"))
+    sub = encoding.parse(user.password).header.sub
+    write(tmp_path, at(60), [*traffic(60), record(at(5), sub=sub, caller=THIEF)])
+    told: list[AuditFinding] = []
+
+    def hear(finding: AuditFinding, **kwargs: Any) -> None:
+        told.append(finding)
+
+    def die(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    alarms.audit_alarm.connect(hear)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"kms_hasher.audit.{where}", die)
+            compare(tmp_path)
+        for _ in range(2):
+            compare(tmp_path)
+    finally:
+        alarms.audit_alarm.disconnect(hear)
+    assert [finding.count for finding in told] == [1]
+    finding = AuditFinding.objects.get()
+    assert finding.details["accounts"] == [f"auth.User.password {user.pk}"]
 
 
 # --- what is wrong with it ----------------------------------------------------------

@@ -138,6 +138,14 @@ def explain_events(pks: Iterable[int]) -> int:
     return explain(map(_reference, pks))
 
 
+def unfinished(kinds: Sequence[AuditFinding.Kind]) -> list[int]:
+    """Return open findings that a run which died has not told of, or not to its end."""
+    rows = findings.open_findings(*kinds)
+    not_asked = AuditEvidence.objects.filter(holder=None, finding__in=rows).exclude(sub="")
+    untold = rows.filter(alarmed_at=None).values_list("pk", flat=True)
+    return sorted({*untold, *not_asked.values_list("finding", flat=True)})
+
+
 def describe(found: Sequence[int]) -> None:
     """Bring count, times and details of findings up to their evidence."""
     for finding in AuditFinding.objects.filter(pk__in=set(found)):

@@ -118,16 +118,24 @@ def reconcile(
         if lookup:
             trail.look_up()
         report = Report()
+        left = evidence.unfinished(KINDS)
+        _tell(left)
         found = [*_match(space, trail, report), *_judge(space, trail.range, report)]
+        # What is stored is not found anew: it is told before anything else may fail.
+        _tell(found)
         report.holders = holders.find()
-        evidence.describe(found)
+        evidence.describe([*left, *found])
         report.errors = [*trail.errors, *trail.gaps(), *_silences(trail)]
         report.files, report.passed_over = trail.files, trail.passed_over
         report.records, report.duplicates = trail.records, trail.duplicates
         report.until = trail.remember()
+    return report
+
+
+def _tell(found: Sequence[int]) -> None:
+    evidence.describe(found)
     for finding in findings.open_findings(*KINDS).filter(pk__in=set(found)):
         alarms.give(finding)
-    return report
 
 
 # --- matching -----------------------------------------------------------------------
