@@ -20,7 +20,7 @@ from kms_hasher import calls, encoding, history, signals
 from kms_hasher.audit import alarms, findings, reconcile
 from kms_hasher.audit.reconcile import Report
 from kms_hasher.exceptions import ConfigurationError, TrailError
-from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, TrailFile, TrailMark
+from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, Key, TrailFile, TrailMark
 from tests.trail import ARN, ARN_2, REGION, SITE, THIEF, re_encryption, record, write
 
 pytestmark = pytest.mark.django_db
@@ -227,6 +227,55 @@ def test_calls_that_are_one(
     configure(DEPLOYMENT="mine")
     strange = record(at(7), caller=THIEF, **changes)
     write(tmp_path, at(10), [*traffic_of("mine"), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+
+
+STRANGE = ARN.replace("1234abcd", "9999abcd")
+OURS = f"{ARN.partition(':key/')[0]}:alias/tests"
+
+
+def moved(alias: str, minutes: float = 7) -> dict[str, Any]:
+    """Return the record of an alias that was moved to a key which is none of ours."""
+    return record(
+        at(minutes),
+        "UpdateAlias",
+        caller=THIEF,
+        requestParameters={"aliasName": "alias/tests", "targetKeyId": STRANGE},
+        resources=[{"ARN": alias}, {"ARN": STRANGE}],
+    )
+
+
+@pytest.mark.parametrize("named", ["alias/tests", OURS])
+def test_our_alias_on_the_key_of_a_stranger(
+    tmp_path: Path, configure: Callable[..., None], named: str
+) -> None:
+    configure(KEY=named)
+    strange = moved(OURS)
+    write(tmp_path, at(10), [*traffic(), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+
+
+@pytest.mark.parametrize("named", ["alias/tests", OURS])
+@pytest.mark.parametrize("part", [REGION, ARN.split(":")[4]])
+def test_an_alias_of_that_name_elsewhere_is_not_ours(
+    tmp_path: Path, configure: Callable[..., None], named: str, part: str
+) -> None:
+    configure(KEY=named)
+    if named == "alias/tests":
+        history.record_alias(named, Key.objects.get(arn=ARN), START)
+    elsewhere = OURS.replace(part, "us-east-1" if part == REGION else "999988887777")
+    write(tmp_path, at(10), [*traffic(), moved(OURS), moved(elsewhere)])
+    assert compare(tmp_path).unknown == 1
+
+
+def test_an_alias_in_a_region_to_fall_back_on_is_ours(
+    tmp_path: Path, configure: Callable[..., None]
+) -> None:
+    configure(KEY=OURS, FALLBACK_REGIONS=["eu-west-1"])
+    strange = moved(OURS.replace(REGION, "eu-west-1"))
+    write(tmp_path, at(10), [*traffic(), strange])
     compare(tmp_path)
     assert unknown() == {strange["eventID"]}
 
