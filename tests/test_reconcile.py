@@ -467,6 +467,44 @@ def test_a_trail_that_has_gone_silent_is_told(tmp_path: Path) -> None:
     assert not AuditFinding.objects.exists()
 
 
+def test_no_trail_at_all_is_told(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    assert not compare(tmp_path).errors  # nothing to look for
+    made(at(1))
+    (error,) = compare(tmp_path).errors
+    assert "Nothing was read of CloudTrail in eu-central-1" in error
+    assert f"{at(1):%Y-%m-%d %H:%M}" in error
+    assert not compare(tmp_path, since=at(0)).errors
+
+
+REPLICA = ARN.replace(REGION, "us-east-1").replace("1234abcd", "3234abcd")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"requested_key": REPLICA},
+        {"requested_key": "alias/tests", "key_ref": encoding.key_ref(REPLICA)},
+    ],
+)
+def test_a_region_without_a_trail_is_told(tmp_path: Path, changes: dict[str, str]) -> None:
+    history.record_key(REPLICA, START)
+    write(tmp_path, at(700), traffic(70, step=10))
+    assert not compare(tmp_path).errors  # nobody called there
+    made(at(25), **changes)
+    (error,) = compare(tmp_path).errors
+    assert "Nothing was read of CloudTrail in us-east-1" in error
+
+
+def test_a_quiet_region_whose_files_are_gone_is_no_silence(tmp_path: Path) -> None:
+    path = write(tmp_path, at(60), traffic(60))
+    assert not compare(tmp_path, now=at(90)).errors
+    path.unlink()
+    assert not compare(tmp_path).errors
+    made(at(200))
+    assert len(compare(tmp_path).errors) == 1
+
+
 # --- again and again ----------------------------------------------------------------
 
 

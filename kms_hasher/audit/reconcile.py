@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 
 from kms_hasher import conf, signals
 from kms_hasher.audit import alarms, attempts, evidence, findings, holders, workspace
@@ -47,6 +47,10 @@ NOTHING_NAMED = "Name folders or files of CloudTrail, or give --lookup."
 SILENT = (
     "The last of CloudTrail in {region} is of {last:%Y-%m-%d %H:%M} UTC, and there are later "
     "events: is the trail still written, and were all of its files fetched?"
+)
+UNREAD = (
+    "Nothing was read of CloudTrail in {region}, and there are events since "
+    "{since:%Y-%m-%d %H:%M} UTC: is there a trail for this Region, and were its files fetched?"
 )
 
 
@@ -183,6 +187,12 @@ def _events(spans: Iterable[tuple[int, int]]) -> Iterator[list[AuditEvent]]:
             after = Q(time__gte=last.time) & later
 
 
+def _answered() -> QuerySet[AuditEvent]:
+    """Return the events that `_leaves_a_record` is true of."""
+    rows = AuditEvent.objects.exclude(request_ids="").only("time")
+    return rows.filter(outcome=signals.SUCCESS, operation__in=OPERATIONS.values())
+
+
 def _leaves_a_record(event: AuditEvent) -> bool:
     """Return whether CloudTrail must have the call: of refused ones it has some only."""
     return event.outcome == signals.SUCCESS and event.operation in OPERATIONS.values()
@@ -223,13 +233,21 @@ def _kind(call: Call, times: Range, begun: int | None) -> str:
 
 def _silences(trail: Trail) -> list[str]:
     """Return a line for each Region in which events go on and CloudTrail does not."""
+    if trail.range.is_given:
+        return []
     lines = []
-    for region, cover in trail.covered.items():
-        start, end = cover.last + LATE, trail.range.now - SILENCE
-        if trail.range.is_given or region not in trail.keys.regions or start >= end:
+    end = trail.range.now - SILENCE
+    for region in sorted(trail.keys.regions):
+        cover = trail.covered.get(region)
+        start = cover.last + LATE if cover else trail.unread_since(region)
+        after = Q() if start is None else Q(time__gte=of_seconds(start))
+        rows = _answered().filter(after, trail.keys.events_of(region))
+        first = rows.filter(time__lte=of_seconds(end)).order_by("time", "pk").first()
+        if first is None:
             continue
-        for page in _events([(start, end)]):
-            if any(_leaves_a_record(e) and trail.keys.region_of(e) == region for e in page):
-                lines.append(SILENT.format(region=region, last=utc(cover.last)))
-                break
+        if cover:
+            lines.append(SILENT.format(region=region, last=utc(cover.last)))
+        else:
+            since = utc(seconds_of(first.time))
+            lines.append(UNREAD.format(region=region, since=since))
     return lines

@@ -9,6 +9,7 @@ import functools
 from typing import TYPE_CHECKING
 
 from django.conf import settings
+from django.db.models import Q
 from django.utils import timezone
 
 from kms_hasher import calls, conf, encoding
@@ -77,6 +78,15 @@ class Keys:
             region, account = arn.split(":", 5)[3:5]
             found.setdefault(alias, set()).add((region, account))
         return found
+
+    def events_of(self, region: str) -> Q:
+        """Return the condition for events whose `region_of` is that Region."""
+        named = Q(requested_key__startswith="arn:")
+        here = [ref for ref, among in self._regions.items() if among == region]
+        found = Q(key_ref__in=here)
+        if region == self._home:
+            found |= ~Q(key_ref__in=[ref for ref, among in self._regions.items() if among])
+        return named & Q(requested_key__contains=f":kms:{region}:") | ~named & found
 
     def region_of(self, event: AuditEvent) -> str:
         """Return the Region that the call of an event went to, as far as is known."""

@@ -167,6 +167,12 @@ class Trail:
             start = self._marks[region]
         return (start, end) if start < end else None
 
+    def unread_since(self, region: str) -> int | None:
+        """Return up to when a Region was read before, None for never."""
+        mark = self._marks.get(region)
+        # The mark is what is `LATE` before the last record that was read.
+        return None if mark is None else mark + 2 * LATE
+
     def gaps(self) -> list[str]:
         """Return a line for each time that was never read."""
         return [
