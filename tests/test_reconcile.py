@@ -231,6 +231,30 @@ def test_calls_that_are_one(
     assert unknown() == {strange["eventID"]}
 
 
+@pytest.mark.parametrize(
+    ("operation", "severity"),
+    [
+        ("ScheduleKeyDeletion", Severity.CRITICAL),
+        ("DisableKey", Severity.CRITICAL),
+        ("PutKeyPolicy", Severity.CRITICAL),
+        ("CreateGrant", Severity.CRITICAL),
+        ("CreateAlias", Severity.CRITICAL),
+        ("UpdateAlias", Severity.CRITICAL),
+        ("DeleteAlias", Severity.CRITICAL),
+        ("DeleteImportedKeyMaterial", Severity.CRITICAL),
+        ("TagResource", Severity.WARNING),
+        ("EnableKey", Severity.WARNING),
+    ],
+)
+def test_how_bad_a_change_is(tmp_path: Path, operation: str, severity: str) -> None:
+    done = record(at(7), operation, caller=THIEF)
+    refused = record(at(7), operation, caller=THIEF, errorCode="AccessDenied")
+    write(tmp_path, at(10), [*traffic(), done, refused])
+    compare(tmp_path)
+    rows = AuditEvidence.objects.values_list("reference", "finding__severity")
+    assert dict(rows) == {done["eventID"]: severity, refused["eventID"]: Severity.WARNING}
+
+
 STRANGE = ARN.replace("1234abcd", "9999abcd")
 OURS = f"{ARN.partition(':key/')[0]}:alias/tests"
 

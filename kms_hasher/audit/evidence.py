@@ -27,6 +27,20 @@ PAGE = 500
 #: How many addresses, agents and accounts a finding names; the evidence has them all.
 NAMED = 20
 
+#: Changes that destroy a key or give it away: as bad as a use.
+WORST = frozenset(
+    [
+        "CreateAlias",
+        "CreateGrant",
+        "DeleteAlias",
+        "DeleteImportedKeyMaterial",
+        "DisableKey",
+        "PutKeyPolicy",
+        "ScheduleKeyDeletion",
+        "UpdateAlias",
+    ]
+)
+
 UNKNOWN = "{operation} by {caller}"
 MISSING = "{operation} on {day:%Y-%m-%d}, which CloudTrail does not have"
 NOBODY = "a caller whom CloudTrail does not name"
@@ -198,10 +212,11 @@ def _group(call: Call) -> _Group:
 
 def _unknown(group: _Group, among: Sequence[Call]) -> Found:
     use = group.operation in USES
+    bad = not group.refused and (use or group.operation in WORST)
     times = [of_utc(call.time) for call in among]
     return Found(
         Kind.UNKNOWN_CALL if use else Kind.UNKNOWN_CHANGE,
-        Severity.CRITICAL if use and not group.refused else Severity.WARNING,
+        Severity.CRITICAL if bad else Severity.WARNING,
         (group.operation, group.role, group.key, str(group.refused)),
         UNKNOWN.format(operation=group.operation, caller=group.role or NOBODY)
         + (" (refused)" if group.refused else ""),
