@@ -609,6 +609,22 @@ def test_what_is_seen_again_after_it_was_acknowledged_is_open_again(tmp_path: Pa
     assert findings.open_findings().get().count == 2
 
 
+def test_what_is_seen_again_after_it_was_acknowledged_is_mailed_again(
+    tmp_path: Path, configure: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(AUDIT_MAIL_ADMINS=True)
+    monkeypatch.setattr("django.core.mail.mail_admins", lambda *mail: None)
+    write(tmp_path, at(60), [*traffic(60), record(at(5), sub=new_sub(), caller=THIEF)])
+    compare(tmp_path)
+    assert alarms.mail() == 1
+    findings.acknowledge(AuditFinding.objects.get(), "rose")
+    assert alarms.mail() == 0
+    # Its time is before that of the mail.
+    write(tmp_path, at(61), [record(at(6), sub=new_sub(), caller=THIEF)])
+    compare(tmp_path)
+    assert alarms.mail() == 1 and alarms.mail() == 0
+
+
 @pytest.mark.parametrize("where", ["holders.find", "alarms.give"])
 def test_an_alarm_is_not_lost_if_a_run_dies(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
