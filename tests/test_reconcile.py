@@ -16,11 +16,20 @@ from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 
-from kms_hasher import calls, encoding, history, signals
+from kms_hasher import calls, data_keys, encoding, history, keyring, signals
 from kms_hasher.audit import alarms, findings, reconcile
 from kms_hasher.audit.reconcile import Report
 from kms_hasher.exceptions import ConfigurationError, TrailError
-from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, Key, TrailFile, TrailMark
+from kms_hasher.models import (
+    AuditEvent,
+    AuditEvidence,
+    AuditFinding,
+    DataKey,
+    Key,
+    TrailFile,
+    TrailMark,
+)
+from tests import modes
 from tests.trail import ARN, ARN_2, REGION, SITE, THIEF, re_encryption, record, write
 
 pytestmark = pytest.mark.django_db
@@ -162,6 +171,46 @@ def test_a_call_that_nobody_here_made(tmp_path: Path) -> None:
     evidence = finding.evidence.get()
     assert (evidence.reference, evidence.sub) == (strange["eventID"], sub)
     assert evidence.request_id == strange["requestID"]
+
+
+@pytest.fixture
+def envelope(settings: Any, kms: Any) -> Iterator[None]:
+    modes.use(settings, "envelope", AUDIT="inline")
+    yield
+    data_keys.close()
+
+
+def sub_of(data_key: DataKey) -> str:
+    return encoding.parse(data_key.sealed).header.sub
+
+
+@pytest.mark.usefixtures("envelope")
+def test_whose_passwords_a_data_key_has_sealed(tmp_path: Path) -> None:
+    for number in range(3):
+        User.objects.create(username=f"u{number}", password=make_password("secret"))
+    data_key = DataKey.objects.get()
+    (unused,) = data_keys.make(keyring.access(encoding.parse(data_key.sealed).header, "set"), 1)
+    user = User.objects.create(username="rose", password="!")
+    strange = [
+        record(at(7 + number), sub=sub, caller=THIEF)
+        for number, sub in enumerate(
+            [sub_of(data_key), sub_of(data_key), sub_of(DataKey.objects.get(pk=unused))]
+        )
+    ]
+    write(tmp_path, at(10), [*traffic(), *strange])
+    assert compare(tmp_path).holders == 3
+    finding = AuditFinding.objects.get()
+    assert finding.count == 3 and finding.details["stored_passwords"] == 3
+    assert finding.details["accounts"] == [
+        f"kms_hasher.DataKey.sealed {data_key.pk}: 3 passwords",
+        f"kms_hasher.DataKey.sealed {unused}: 0 passwords",
+    ]
+    # One is sealed by it now; what was told is of the time when it was looked for.
+    user.set_password("secret")
+    user.save()
+    write(tmp_path, at(11), [record(at(9.5), sub=sub_of(data_key), caller=THIEF)])
+    assert compare(tmp_path).holders == 4
+    assert AuditFinding.objects.get().details["stored_passwords"] == 4
 
 
 def test_a_call_by_our_own_role_is_found_as_well(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from django.db.models import Count, Max, Min
 from django.utils import timezone
 
-from kms_hasher.audit import findings
+from kms_hasher.audit import findings, holders
 from kms_hasher.audit.cloudtrail import Call
 from kms_hasher.audit.findings import Found, Kind, Severity
 from kms_hasher.audit.site import USES, key_ref, of_utc
@@ -176,7 +176,7 @@ def describe(found: Sequence[int]) -> None:
                 "user_agents": _most(rows, "user_agent"),
                 "callers": _most(rows, "caller"),
                 "error_codes": _most(rows, "error_code"),
-                "stored_passwords": rows.exclude(sub="").values("sub").distinct().count(),
+                "stored_passwords": holders.number(finding),
                 "accounts": _accounts(rows),
             }
         finding.save(
