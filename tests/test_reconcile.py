@@ -578,6 +578,23 @@ def test_a_quiet_region_whose_files_are_gone_is_no_silence(tmp_path: Path) -> No
     assert len(compare(tmp_path).errors) == 1
 
 
+def test_a_quiet_region_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    write(tmp_path, at(60), traffic(60))
+    compare(tmp_path, now=at(90))
+
+    def looked_at() -> bool:
+        TrailMark.objects.update(updated_at=START)
+        compare(tmp_path)
+        return TrailMark.objects.get().updated_at > START
+
+    assert looked_at()
+    (tmp_path / "bad.json").write_text("{")
+    assert not looked_at()
+    (tmp_path / "bad.json").unlink()
+    made(at(200))  # the trail goes on no more
+    assert not looked_at()
+
+
 # --- again and again ----------------------------------------------------------------
 
 

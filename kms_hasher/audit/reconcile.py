@@ -129,10 +129,11 @@ def reconcile(
         _tell(found)
         report.holders = holders.find()
         evidence.describe([*left, *found])
-        report.errors = [*trail.errors, *trail.gaps(), *_silences(trail)]
+        silences = _silences(trail)
+        report.errors = [*trail.errors, *trail.gaps(), *silences.values()]
         report.files, report.passed_over = trail.files, trail.passed_over
         report.records, report.duplicates = trail.records, trail.duplicates
-        report.until = trail.remember()
+        report.until = trail.remember(silences)
     return report
 
 
@@ -231,11 +232,11 @@ def _kind(call: Call, times: Range, begun: int | None) -> str:
     return "early" if started is not None and at < started else "unknown"
 
 
-def _silences(trail: Trail) -> list[str]:
+def _silences(trail: Trail) -> dict[str, str]:
     """Return a line for each Region in which events go on and CloudTrail does not."""
     if trail.range.is_given:
-        return []
-    lines = []
+        return {}
+    lines = {}
     end = trail.range.now - SILENCE
     for region in sorted(trail.keys.regions):
         cover = trail.covered.get(region)
@@ -246,8 +247,8 @@ def _silences(trail: Trail) -> list[str]:
         if first is None:
             continue
         if cover:
-            lines.append(SILENT.format(region=region, last=utc(cover.last)))
+            lines[region] = SILENT.format(region=region, last=utc(cover.last))
         else:
             since = utc(seconds_of(first.time))
-            lines.append(UNREAD.format(region=region, since=since))
+            lines[region] = UNREAD.format(region=region, since=since)
     return lines

@@ -7,9 +7,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from django.utils import timezone
 
 from kms_hasher import calls
 from kms_hasher.audit import cloudtrail
@@ -189,8 +191,13 @@ class Trail:
         mark = self._marks.get(region)
         return mark is not None and self.covered[region].first > mark
 
-    def remember(self) -> dict[str, datetime.datetime]:
-        """Note how far it came, and which files need not be read again; return the former."""
+    def remember(self, silent: Collection[str] = ()) -> dict[str, datetime.datetime]:
+        """
+        Note how far it came, and which files need not be read again; return the former.
+
+        Where nobody called it came no further, and that it was looked at is noted all the same;
+        not for Regions that are `silent` though there are events, nor if anything was not read.
+        """
         spans = {region: self.span(region) for region in self.covered}
         until = {region: utc(span[1]) for region, span in spans.items() if span}
         if self.range.is_given:
@@ -201,6 +208,9 @@ class Trail:
                 TrailMark.objects.update_or_create(
                     region=region, defaults={"until": of_seconds(span[1])}
                 )
+        if not self.errors:
+            looked_at = self.keys.regions.difference(silent)
+            TrailMark.objects.filter(region__in=looked_at).update(updated_at=timezone.now())
         for page in self.space.files():
             done = [_known(file) for file in page if self._is_done(file)]
             TrailFile.objects.filter(digest__in=[row.digest for row in done]).delete()
