@@ -524,6 +524,23 @@ def test_an_event_that_turns_up_explains_the_call(tmp_path: Path) -> None:
     assert unknown() == set() and not findings.open_findings().exists()
 
 
+def test_an_event_that_is_stored_late_explains_the_call(tmp_path: Path) -> None:
+    """As after an outage of the database, when the file is not read again."""
+    strange = [record(at(5), sub=new_sub(), request_id=name) for name in ("late", "never")]
+    write(tmp_path, at(30), [*traffic(30), *strange])
+    write(tmp_path, at(300), traffic(30, start=270))
+    compare(tmp_path)
+    assert len(unknown()) == 2
+    made(at(5), request_ids="first late")
+    report = compare(tmp_path)
+    assert (report.passed_over, report.explained) == (1, 1)
+    assert unknown() == {strange[1]["eventID"]}
+    assert AuditFinding.objects.get().count == 1
+    made(at(5), request_ids="never")
+    assert compare(tmp_path).explained == 1
+    assert AuditFinding.objects.get().resolved_at
+
+
 def test_the_other_region_is_not_judged(tmp_path: Path) -> None:
     elsewhere = ARN.replace(REGION, "us-east-1")
     made(at(25), requested_key=elsewhere)

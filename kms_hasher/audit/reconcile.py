@@ -36,11 +36,12 @@ SILENCE = 2 * 3600
 #: How the operations begin that only look.
 LOOKS = ("Describe", "Get", "List")
 
-KINDS = (
-    AuditFinding.Kind.UNKNOWN_CALL,
-    AuditFinding.Kind.UNKNOWN_CHANGE,
-    AuditFinding.Kind.NOT_IN_TRAIL,
-)
+#: Seconds after which an event that comes late explains nothing by itself.
+LATEST = 30 * 24 * 3600
+
+#: Findings that stand on calls, and all of a comparison.
+CALLS = (AuditFinding.Kind.UNKNOWN_CALL, AuditFinding.Kind.UNKNOWN_CHANGE)
+KINDS = (*CALLS, AuditFinding.Kind.NOT_IN_TRAIL)
 
 AUDIT_IS_OFF = "KMS_HASHER['AUDIT'] is \"off\": there are no events to compare with."
 NOTHING_NAMED = "Name folders or files of CloudTrail, or give --lookup."
@@ -121,7 +122,7 @@ def reconcile(
             trail.read_files(paths)
         if lookup:
             trail.look_up()
-        report = Report()
+        report = Report(explained=_explain_late(trail.range.now))
         left = evidence.unfinished(KINDS)
         _tell(left)
         found = [*_match(space, trail, report), *_judge(space, trail.range, report)]
@@ -172,6 +173,30 @@ def _match(space: Workspace, trail: Trail, report: Report) -> list[int]:
     for event_ids in space.matched_events() if before else ():
         report.explained += evidence.explain(event_ids)
     return stored
+
+
+def _explain_late(now: int) -> int:
+    """
+    Explain calls by events that were stored after they had been found; return how many.
+
+    The files that these calls stand in may be passed over by now.
+    """
+    rows = AuditEvidence.objects.filter(
+        finding__in=findings.open_findings(*CALLS),
+        explained_at=None,
+        time__gte=of_seconds(now - LATEST),
+    ).exclude(request_id="")
+    number = last = 0
+    while page := list(rows.filter(pk__gt=last).order_by("pk")[:PAGE]):
+        last = page[-1].pk
+        times = sorted(seconds_of(row.time) for row in page)
+        spans = workspace.merged((time - SKEW, time + SKEW) for time in times)
+        for events in _events(spans):
+            present = {id_ for event in events for id_ in event.request_ids.split()}
+            number += evidence.explain(
+                row.reference for row in page if row.request_id in present
+            )
+    return number
 
 
 def _events(spans: Iterable[tuple[int, int]]) -> Iterator[list[AuditEvent]]:
