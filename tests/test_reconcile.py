@@ -856,6 +856,48 @@ def test_it_speaks_to_machines(tmp_path: Path) -> None:
     assert status == 1 and json.loads(text)["errors"]
 
 
+def test_all_accounts_of_a_finding_are_listed(tmp_path: Path) -> None:
+    users = User.objects.bulk_create(
+        User(username=f"u{n}", password=make_password("secret")) for n in range(60)
+    )
+    strange = [
+        record(at(7), sub=encoding.parse(user.password).header.sub, caller=THIEF)
+        for user in [*users, users[0]]
+    ]
+    write(tmp_path, at(30), [*traffic(), *strange, record(at(7), sub=new_sub(), caller=THIEF)])
+    assert run(str(tmp_path))[0] == 3
+    finding = AuditFinding.objects.get()
+    names = {f"auth.User.password {user.pk}" for user in users}
+    status, text = run("--finding", str(finding.pk))
+    assert status == 0 and len(lines := text.splitlines()) == 60 and set(lines) == names
+    status, text = run("--finding", str(finding.pk), "--json")
+    told = json.loads(text)
+    assert status == 0 and told["ok"] and set(told["accounts"]) == names
+
+
+@pytest.mark.usefixtures("envelope")
+def test_all_accounts_of_a_data_key_are_listed(tmp_path: Path) -> None:
+    users = [User(username=f"u{n}", password=make_password("secret")) for n in range(3)]
+    (*users, other) = User.objects.bulk_create(users)
+    data_key = DataKey.objects.get()
+    access = keyring.access(encoding.parse(data_key.sealed).header, "set")
+    (new,) = data_keys.make(access, 1)
+    sealed = other.password.replace(
+        encoding.data_key_ref(data_key.pk), encoding.data_key_ref(new)
+    )
+    User.objects.filter(pk=other.pk).update(password=sealed)
+    strange = record(at(7), sub=sub_of(data_key), caller=THIEF)
+    write(tmp_path, at(30), [*traffic(), strange])
+    assert run(str(tmp_path))[0] == 3
+    _, text = run("--finding", str(AuditFinding.objects.get().pk))
+    assert text.splitlines() == [f"auth.User.password {user.pk}" for user in users]
+
+
+def test_a_finding_is_listed_alone() -> None:
+    assert run("--finding", "7")[0] == 1
+    assert run("--finding", "7", "--lookup")[0] == 1
+
+
 def test_times_are_in_utc_where_no_zone_is_given(tmp_path: Path) -> None:
     write(tmp_path, at(30), [*traffic(), record(at(5), sub=new_sub(), caller=THIEF)])
     assert run(str(tmp_path), "--since", "2026-11-21T12:10:00Z")[0] == 0

@@ -82,6 +82,30 @@ def number(finding: AuditFinding) -> int:
     return rows.values("sub").distinct().count() - len(most) + sum(most.values())
 
 
+def names(finding: AuditFinding) -> Iterator[str]:
+    """
+    Yield all accounts that a finding is about, each once, as column and primary key.
+
+    Those of a data key are looked for now, by a pass over all stored passwords.
+    """
+    rows = finding.evidence.filter(explained_at=None).exclude(holder=None).exclude(holder="")
+    given: set[str] = set()
+    asked: set[int] = set()
+    for text in rows.order_by("holder").values_list("holder", flat=True).distinct().iterator():
+        lines = (text or "").split("\n")
+        of_keys = {number for number, _ in _told_data_keys(lines)}
+        asked |= of_keys
+        for line in lines:
+            if line not in given and not _OF_DATA_KEY.fullmatch(line):
+                given.add(line)
+                yield line
+    for column in _passwords() if asked else ():
+        for page in _pages(column):
+            for pk, _ in _sealed_by(page, asked):
+                if (name := f"{column} {pk}") not in given:
+                    yield name
+
+
 def _told_data_keys(lines: Iterable[str]) -> Iterator[tuple[int, int]]:
     """Yield number and passwords of each data key that is told as a holder."""
     for line in lines:
