@@ -15,6 +15,8 @@ import pytest
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
 from kms_hasher import calls, data_keys, encoding, history, keyring, signals
 from kms_hasher.audit import alarms, findings, reconcile
@@ -636,6 +638,32 @@ def test_files_that_were_compared_are_passed_over(tmp_path: Path) -> None:
     report = compare(tmp_path)
     assert (report.files, report.passed_over) == (1, 3)
     assert not AuditFinding.objects.exists() and not report.errors
+
+
+def test_files_are_not_asked_after_one_by_one(tmp_path: Path) -> None:
+    for number in range(40):
+        write(tmp_path, at(number), traffic(1, start=number))
+    write(tmp_path, at(600), traffic(1, start=599))
+    asked = []
+    for _ in range(2):
+        with CaptureQueriesContext(connection) as captured:
+            report = compare(tmp_path)
+        table = TrailFile._meta.db_table
+        asked.append(sum(table in query["sql"] for query in captured))
+    assert report.passed_over == 40
+    assert all(number <= 6 for number in asked)
+
+
+def test_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
+    paths = [write(tmp_path, at(hour), traffic(1, start=hour)) for hour in range(3)]
+    write(tmp_path, at(600), traffic(1, start=599))
+    compare(tmp_path)
+    paths[1].unlink()
+    compare(tmp_path, since=at(0))
+    assert TrailFile.objects.count() == 3
+    compare(tmp_path)
+    kept = set(TrailFile.objects.values_list("path", flat=True))
+    assert kept == {str(paths[0]), str(paths[2])}
 
 
 def test_a_file_that_grew_is_read_again(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from kms_hasher import calls
 from kms_hasher.audit import cloudtrail
 from kms_hasher.audit.cloudtrail import Call, Read
 from kms_hasher.audit.site import Keys, of_seconds, seconds_of, utc
-from kms_hasher.audit.workspace import PAGE, File, Workspace, seconds
+from kms_hasher.audit.workspace import PAGE, File, Workspace, pages, seconds
 from kms_hasher.exceptions import ConfigurationError, TrailError
 from kms_hasher.models import TrailFile, TrailMark
 
@@ -32,6 +32,8 @@ SETTLE = 5 * 60
 
 #: Seconds that are looked up the first time.
 FIRST_LOOK_UP = 24 * 3600
+
+_STATE = ("digest", "size", "modified")
 
 NO_LOOKUP = 'The provider cannot look up CloudTrail: only "aws" can. Name files instead.'
 NO_REGION = "Nobody knows in which Region to look: give KMS_HASHER['KEY'] as an ARN."
@@ -89,23 +91,28 @@ class Trail:
 
     def read_files(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         """Read files and folders. Raises `TrailError` for a path that does not exist."""
-        for path in cloudtrail.files(paths):
-            try:
-                state = path.stat()
-                if not self.range.is_given and _is_known(path, state):
-                    self.passed_over += 1
-                    continue
-                self.files += 1
-                last, regions = self._take(cloudtrail.read(path))
-            except TrailError as error:
-                self.errors.append(str(error))
-            except OSError as error:
-                self.errors.append(f"{path}: {type(error).__name__}.")
-            else:
-                name, size = str(path.absolute()), state.st_size
-                self.space.add_file(
-                    File(name, size, state.st_mtime_ns, last, tuple(sorted(regions)))
-                )
+        for page in pages(cloudtrail.files(paths)):
+            known = {} if self.range.is_given else _known_files(page)
+            for path in page:
+                self._read_file(path, known)
+
+    def _read_file(self, path: Path, known: Mapping[str, tuple[int, int]]) -> None:
+        try:
+            state = path.stat()
+            if known.get(_digest(path)) == (state.st_size, state.st_mtime_ns):
+                self.passed_over += 1
+                return
+            self.files += 1
+            last, regions = self._take(cloudtrail.read(path))
+        except TrailError as error:
+            self.errors.append(str(error))
+        except OSError as error:
+            self.errors.append(f"{path}: {type(error).__name__}.")
+        else:
+            name, size = str(path.absolute()), state.st_size
+            self.space.add_file(
+                File(name, size, state.st_mtime_ns, last, tuple(sorted(regions)))
+            )
 
     def look_up(self) -> None:
         """
@@ -215,6 +222,7 @@ class Trail:
             done = [_known(file) for file in page if self._is_done(file)]
             TrailFile.objects.filter(digest__in=[row.digest for row in done]).delete()
             TrailFile.objects.bulk_create(done, ignore_conflicts=True)
+        _forget_files()
         return until
 
     def _is_done(self, file: File) -> bool:
@@ -231,11 +239,29 @@ def _readable(records: Iterable[object], bad: list[object]) -> Iterable[Read]:
             bad.append(error)
 
 
-def _is_known(path: Path, state: os.stat_result) -> bool:
-    digest = _digest(str(path.absolute()))
-    return TrailFile.objects.filter(
-        digest=digest, size=state.st_size, modified=state.st_mtime_ns
-    ).exists()
+def _known_files(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of those that need not be read again, by digest."""
+    rows = TrailFile.objects.filter(digest__in=list(map(_digest, paths)))
+    return {digest: (size, at) for digest, size, at in rows.values_list(*_STATE)}
+
+
+def _forget_files() -> None:
+    """Delete the rows of files that are there no more."""
+    last = 0
+    while page := list(TrailFile.objects.filter(pk__gt=last).order_by("pk")[:PAGE]):
+        last = page[-1].pk
+        gone = [row.pk for row in page if _is_gone(Path(row.path))]
+        TrailFile.objects.filter(pk__in=gone).delete()
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # it may be there
+        return False
+    return False
 
 
 def _known(file: File) -> TrailFile:
@@ -244,5 +270,5 @@ def _known(file: File) -> TrailFile:
     )
 
 
-def _digest(path: str) -> str:
-    return hashlib.sha256(os.fsencode(path)).hexdigest()
+def _digest(path: str | Path) -> str:
+    return hashlib.sha256(os.fsencode(Path(path).absolute())).hexdigest()
