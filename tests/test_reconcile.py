@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import os
 import random
 import uuid
 from collections.abc import Callable, Iterator
@@ -777,6 +778,21 @@ def test_a_damaged_file_is_told_and_the_others_are_compared(tmp_path: Path) -> N
     assert error.startswith(str(second)) and first.exists()
     assert strange["eventID"] in unknown()
     assert not TrailFile.objects.filter(path=str(second)).exists()
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read_each_time(tmp_path: Path) -> None:
+    strange = record(at(7), sub=new_sub(), caller=THIEF)
+    path = write(tmp_path, at(10), [*traffic(), strange])
+    odd = os.fsencode(path.parent) + b"/\xff.json.gz"
+    path.rename(os.fsdecode(odd))
+    write(tmp_path, at(600), traffic(1, start=599))
+    for _ in range(2):
+        report = compare(tmp_path)
+        assert (report.files, report.unknown, report.errors) == (2, 1, [])
+    Path(os.fsdecode(odd)).write_text("{")
+    status, text = run(str(tmp_path))
+    assert status == 3 and r"\udcff.json.gz" in text
+    assert text.encode()
 
 
 def test_hostile_records_are_stored_as_far_as_they_fit(tmp_path: Path) -> None:

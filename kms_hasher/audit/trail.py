@@ -105,14 +105,16 @@ class Trail:
             self.files += 1
             last, regions = self._take(cloudtrail.read(path))
         except TrailError as error:
-            self.errors.append(str(error))
+            self.errors.append(_printable(str(error)))
         except OSError as error:
-            self.errors.append(f"{path}: {type(error).__name__}.")
+            self.errors.append(_printable(f"{path}: {type(error).__name__}."))
         else:
             name, size = str(path.absolute()), state.st_size
-            self.space.add_file(
-                File(name, size, state.st_mtime_ns, last, tuple(sorted(regions)))
-            )
+            # A name that is not UTF-8 fits into no database: such a file is read each time.
+            if name == _printable(name):
+                self.space.add_file(
+                    File(name, size, state.st_mtime_ns, last, tuple(sorted(regions)))
+                )
 
     def look_up(self) -> None:
         """
@@ -237,6 +239,11 @@ def _readable(records: Iterable[object], bad: list[object]) -> Iterable[Read]:
             yield cloudtrail.read_record(record)
         except ValueError as error:
             bad.append(error)
+
+
+def _printable(text: str) -> str:
+    """Return a text that can be written as UTF-8, whatever bytes a file's name had."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _known_files(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
