@@ -444,6 +444,17 @@ def test_no_call_of_another_hides_behind_an_attempt(
     assert unknown() == {strange["eventID"]}
 
 
+@pytest.mark.parametrize("caller", [SITE, THIEF])
+def test_nobody_is_taken_for_us_where_no_call_was_matched(tmp_path: Path, caller: str) -> None:
+    strange = attempt(timed_out(5), caller=caller)
+    write(tmp_path, at(6), [strange])
+    assert compare(tmp_path).unknown == 1
+    # Once one of ours is known by its id, it is told which were ours.
+    write(tmp_path, at(20), [seen(made(at(15)))])
+    compare(tmp_path)
+    assert unknown() == ({strange["eventID"]} if caller == THIEF else set())
+
+
 def test_no_call_hides_behind_a_login_that_was_answered_at_once(tmp_path: Path) -> None:
     event = made(at(5))
     strange = attempt(event, 1)
