@@ -710,6 +710,14 @@ def test_a_time_that_was_never_read_is_told(tmp_path: Path) -> None:
     assert "Nothing was read" in error and not AuditFinding.objects.exists()
 
 
+def test_a_quiet_trail_has_no_gap(tmp_path: Path) -> None:
+    write(tmp_path, at(30), traffic(30))
+    write(tmp_path, at(600), traffic(1, start=600))
+    assert not compare(tmp_path).errors
+    report = compare(tmp_path)
+    assert (report.passed_over, report.missing, report.errors) == (1, 0, [])
+
+
 def test_a_range_of_time_is_looked_at_whatever_was(tmp_path: Path) -> None:
     strange = [record(at(n), sub=new_sub(), caller=THIEF) for n in (5, 35, 55)]
     write(tmp_path, at(60), [*traffic(60), *strange])

@@ -198,7 +198,8 @@ class Trail:
 
     def _gap(self, region: str) -> bool:
         mark = self._marks.get(region)
-        return mark is not None and self.covered[region].first > mark
+        # On a quiet trail the last record that was read before is the first of this time.
+        return mark is not None and self.covered[region].first > mark + LATE
 
     def remember(self, silent: Collection[str] = ()) -> dict[str, datetime.datetime]:
         """
