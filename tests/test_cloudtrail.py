@@ -82,6 +82,20 @@ def test_keys_as_records_name_them(changes: Any, keys: tuple[str, ...]) -> None:
     assert call_of(record(START, **changes)).keys == keys
 
 
+ALIAS = f"arn:aws:kms:{REGION}:{ACCOUNT}:alias/tests"
+
+
+@pytest.mark.parametrize("operation", ["CreateAlias", "UpdateAlias", "DeleteAlias"])
+@pytest.mark.parametrize("of_key", [True, False])
+def test_a_change_of_an_alias_is_about_both(operation: str, of_key: bool) -> None:
+    resources = [{"ARN": ALIAS}, {"ARN": ARN_2}]
+    changes = {
+        "resources": resources if of_key else resources[1:],
+        "requestParameters": {"aliasName": "alias/tests", "targetKeyId": ARN_2},
+    }
+    assert call_of(record(START, operation, **changes)).keys == (ARN_2, ALIAS)
+
+
 def test_an_aws_service_has_no_arn() -> None:
     call = call_of(record(START, userIdentity={"type": "AWSService", "invokedBy": "x.aws"}))
     assert (call.caller, call.role) == ("x.aws", "x.aws")

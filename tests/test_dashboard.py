@@ -51,8 +51,8 @@ URL = f"{EVENTS}dashboard/"
 HOUR = datetime.timedelta(hours=1)
 
 #: Session, user; series, keys and purposes, aliases, runs, findings, their number, last seal,
-#: unsealed events, marks of the reconciliation.
-QUERIES = 11
+#: unsealed events, keys and marks of the reconciliation.
+QUERIES = 12
 
 
 def add(hours_ago: float = 0, number: int = 1, **changes: Any) -> None:
@@ -365,14 +365,24 @@ def test_the_state_of_seals(root: Client, settings: Any) -> None:
     assert "Sealing is overdue" in root.get(URL).content.decode()
 
 
-def test_how_far_the_reconciliation_came(root: Client) -> None:
+def test_how_far_the_reconciliation_came(root: Client, settings: Any) -> None:
     assert "reconcile_kms_audit" in root.get(URL).content.decode()
+    regions = ["us-east-1", "eu-west-1"]
+    here = "arn:aws:kms:eu-central-1:111122223333:alias/tests"
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "KEY": here, "FALLBACK_REGIONS": regions}
     now = timezone.now()
-    TrailMark.objects.create(region="eu-central-1", until=now - HOUR / 4)
-    TrailMark.objects.create(region="us-east-1", until=now - 50 * HOUR)
+    for region, until, looked_at in (
+        ("eu-central-1", HOUR / 4, HOUR / 4),
+        ("us-east-1", 50 * HOUR, 0 * HOUR),  # nobody calls there
+        ("eu-west-1", 72 * HOUR, 25 * HOUR),
+        ("ap-south-1", 100 * HOUR, 100 * HOUR),  # none of ours
+    ):
+        TrailMark.objects.create(region=region, until=now - until)
+        TrailMark.objects.filter(region=region).update(updated_at=now - looked_at)
     rows = shown(root)["trail"]["rows"]
     assert [(row["region"], row["age"], row["is_late"]) for row in rows] == [
-        ("us-east-1", "2 days ago", True),
+        ("eu-west-1", "3 days ago", True),
+        ("us-east-1", "2 days ago", False),
         ("eu-central-1", "15 minutes ago", False),
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import os
 import random
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,12 +16,23 @@ import pytest
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
+from django.db import connection
+from django.test.utils import CaptureQueriesContext
 
-from kms_hasher import calls, encoding, history, signals
-from kms_hasher.audit import findings, reconcile
+from kms_hasher import calls, data_keys, encoding, history, keyring, signals
+from kms_hasher.audit import alarms, findings, reconcile
 from kms_hasher.audit.reconcile import Report
 from kms_hasher.exceptions import ConfigurationError, TrailError
-from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, TrailFile, TrailMark
+from kms_hasher.models import (
+    AuditEvent,
+    AuditEvidence,
+    AuditFinding,
+    DataKey,
+    Key,
+    TrailFile,
+    TrailMark,
+)
+from tests import modes
 from tests.trail import ARN, ARN_2, REGION, SITE, THIEF, re_encryption, record, write
 
 pytestmark = pytest.mark.django_db
@@ -164,6 +176,46 @@ def test_a_call_that_nobody_here_made(tmp_path: Path) -> None:
     assert evidence.request_id == strange["requestID"]
 
 
+@pytest.fixture
+def envelope(settings: Any, kms: Any) -> Iterator[None]:
+    modes.use(settings, "envelope", AUDIT="inline")
+    yield
+    data_keys.close()
+
+
+def sub_of(data_key: DataKey) -> str:
+    return encoding.parse(data_key.sealed).header.sub
+
+
+@pytest.mark.usefixtures("envelope")
+def test_whose_passwords_a_data_key_has_sealed(tmp_path: Path) -> None:
+    for number in range(3):
+        User.objects.create(username=f"u{number}", password=make_password("secret"))
+    data_key = DataKey.objects.get()
+    (unused,) = data_keys.make(keyring.access(encoding.parse(data_key.sealed).header, "set"), 1)
+    user = User.objects.create(username="rose", password="!")
+    strange = [
+        record(at(7 + number), sub=sub, caller=THIEF)
+        for number, sub in enumerate(
+            [sub_of(data_key), sub_of(data_key), sub_of(DataKey.objects.get(pk=unused))]
+        )
+    ]
+    write(tmp_path, at(10), [*traffic(), *strange])
+    assert compare(tmp_path).holders == 3
+    finding = AuditFinding.objects.get()
+    assert finding.count == 3 and finding.details["stored_passwords"] == 3
+    assert finding.details["accounts"] == [
+        f"kms_hasher.DataKey.sealed {data_key.pk}: 3 passwords",
+        f"kms_hasher.DataKey.sealed {unused}: 0 passwords",
+    ]
+    # One is sealed by it now; what was told is of the time when it was looked for.
+    user.set_password("secret")
+    user.save()
+    write(tmp_path, at(11), [record(at(9.5), sub=sub_of(data_key), caller=THIEF)])
+    assert compare(tmp_path).holders == 4
+    assert AuditFinding.objects.get().details["stored_passwords"] == 4
+
+
 def test_a_call_by_our_own_role_is_found_as_well(tmp_path: Path) -> None:
     strange = record(at(7), sub=new_sub(), caller=SITE, sourceIPAddress="203.0.113.9")
     write(tmp_path, at(10), [*traffic(), strange])
@@ -227,6 +279,79 @@ def test_calls_that_are_one(
     configure(DEPLOYMENT="mine")
     strange = record(at(7), caller=THIEF, **changes)
     write(tmp_path, at(10), [*traffic_of("mine"), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+
+
+@pytest.mark.parametrize(
+    ("operation", "severity"),
+    [
+        ("ScheduleKeyDeletion", Severity.CRITICAL),
+        ("DisableKey", Severity.CRITICAL),
+        ("PutKeyPolicy", Severity.CRITICAL),
+        ("CreateGrant", Severity.CRITICAL),
+        ("CreateAlias", Severity.CRITICAL),
+        ("UpdateAlias", Severity.CRITICAL),
+        ("DeleteAlias", Severity.CRITICAL),
+        ("DeleteImportedKeyMaterial", Severity.CRITICAL),
+        ("TagResource", Severity.WARNING),
+        ("EnableKey", Severity.WARNING),
+    ],
+)
+def test_how_bad_a_change_is(tmp_path: Path, operation: str, severity: str) -> None:
+    done = record(at(7), operation, caller=THIEF)
+    refused = record(at(7), operation, caller=THIEF, errorCode="AccessDenied")
+    write(tmp_path, at(10), [*traffic(), done, refused])
+    compare(tmp_path)
+    rows = AuditEvidence.objects.values_list("reference", "finding__severity")
+    assert dict(rows) == {done["eventID"]: severity, refused["eventID"]: Severity.WARNING}
+
+
+STRANGE = ARN.replace("1234abcd", "9999abcd")
+OURS = f"{ARN.partition(':key/')[0]}:alias/tests"
+
+
+def moved(alias: str, minutes: float = 7) -> dict[str, Any]:
+    """Return the record of an alias that was moved to a key which is none of ours."""
+    return record(
+        at(minutes),
+        "UpdateAlias",
+        caller=THIEF,
+        requestParameters={"aliasName": "alias/tests", "targetKeyId": STRANGE},
+        resources=[{"ARN": alias}, {"ARN": STRANGE}],
+    )
+
+
+@pytest.mark.parametrize("named", ["alias/tests", OURS])
+def test_our_alias_on_the_key_of_a_stranger(
+    tmp_path: Path, configure: Callable[..., None], named: str
+) -> None:
+    configure(KEY=named)
+    strange = moved(OURS)
+    write(tmp_path, at(10), [*traffic(), strange])
+    compare(tmp_path)
+    assert unknown() == {strange["eventID"]}
+
+
+@pytest.mark.parametrize("named", ["alias/tests", OURS])
+@pytest.mark.parametrize("part", [REGION, ARN.split(":")[4]])
+def test_an_alias_of_that_name_elsewhere_is_not_ours(
+    tmp_path: Path, configure: Callable[..., None], named: str, part: str
+) -> None:
+    configure(KEY=named)
+    if named == "alias/tests":
+        history.record_alias(named, Key.objects.get(arn=ARN), START)
+    elsewhere = OURS.replace(part, "us-east-1" if part == REGION else "999988887777")
+    write(tmp_path, at(10), [*traffic(), moved(OURS), moved(elsewhere)])
+    assert compare(tmp_path).unknown == 1
+
+
+def test_an_alias_in_a_region_to_fall_back_on_is_ours(
+    tmp_path: Path, configure: Callable[..., None]
+) -> None:
+    configure(KEY=OURS, FALLBACK_REGIONS=["eu-west-1"])
+    strange = moved(OURS.replace(REGION, "eu-west-1"))
+    write(tmp_path, at(10), [*traffic(), strange])
     compare(tmp_path)
     assert unknown() == {strange["eventID"]}
 
@@ -319,6 +444,17 @@ def test_no_call_of_another_hides_behind_an_attempt(
     assert unknown() == {strange["eventID"]}
 
 
+@pytest.mark.parametrize("caller", [SITE, THIEF])
+def test_nobody_is_taken_for_us_where_no_call_was_matched(tmp_path: Path, caller: str) -> None:
+    strange = attempt(timed_out(5), caller=caller)
+    write(tmp_path, at(6), [strange])
+    assert compare(tmp_path).unknown == 1
+    # Once one of ours is known by its id, it is told which were ours.
+    write(tmp_path, at(20), [seen(made(at(15)))])
+    compare(tmp_path)
+    assert unknown() == ({strange["eventID"]} if caller == THIEF else set())
+
+
 def test_no_call_hides_behind_a_login_that_was_answered_at_once(tmp_path: Path) -> None:
     event = made(at(5))
     strange = attempt(event, 1)
@@ -402,6 +538,23 @@ def test_an_event_that_turns_up_explains_the_call(tmp_path: Path) -> None:
     assert unknown() == set() and not findings.open_findings().exists()
 
 
+def test_an_event_that_is_stored_late_explains_the_call(tmp_path: Path) -> None:
+    """As after an outage of the database, when the file is not read again."""
+    strange = [record(at(5), sub=new_sub(), request_id=name) for name in ("late", "never")]
+    write(tmp_path, at(30), [*traffic(30), *strange])
+    write(tmp_path, at(300), traffic(30, start=270))
+    compare(tmp_path)
+    assert len(unknown()) == 2
+    made(at(5), request_ids="first late")
+    report = compare(tmp_path)
+    assert (report.passed_over, report.explained) == (1, 1)
+    assert unknown() == {strange[1]["eventID"]}
+    assert AuditFinding.objects.get().count == 1
+    made(at(5), request_ids="never")
+    assert compare(tmp_path).explained == 1
+    assert AuditFinding.objects.get().resolved_at
+
+
 def test_the_other_region_is_not_judged(tmp_path: Path) -> None:
     elsewhere = ARN.replace(REGION, "us-east-1")
     made(at(25), requested_key=elsewhere)
@@ -416,6 +569,61 @@ def test_a_trail_that_has_gone_silent_is_told(tmp_path: Path) -> None:
     (error,) = compare(tmp_path, now=at(500)).errors
     assert "is the trail still written" in error
     assert not AuditFinding.objects.exists()
+
+
+def test_no_trail_at_all_is_told(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    assert not compare(tmp_path).errors  # nothing to look for
+    made(at(1))
+    (error,) = compare(tmp_path).errors
+    assert "Nothing was read of CloudTrail in eu-central-1" in error
+    assert f"{at(1):%Y-%m-%d %H:%M}" in error
+    assert not compare(tmp_path, since=at(0)).errors
+
+
+REPLICA = ARN.replace(REGION, "us-east-1").replace("1234abcd", "3234abcd")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"requested_key": REPLICA},
+        {"requested_key": "alias/tests", "key_ref": encoding.key_ref(REPLICA)},
+    ],
+)
+def test_a_region_without_a_trail_is_told(tmp_path: Path, changes: dict[str, str]) -> None:
+    history.record_key(REPLICA, START)
+    write(tmp_path, at(700), traffic(70, step=10))
+    assert not compare(tmp_path).errors  # nobody called there
+    made(at(25), **changes)
+    (error,) = compare(tmp_path).errors
+    assert "Nothing was read of CloudTrail in us-east-1" in error
+
+
+def test_a_quiet_region_whose_files_are_gone_is_no_silence(tmp_path: Path) -> None:
+    path = write(tmp_path, at(60), traffic(60))
+    assert not compare(tmp_path, now=at(90)).errors
+    path.unlink()
+    assert not compare(tmp_path).errors
+    made(at(200))
+    assert len(compare(tmp_path).errors) == 1
+
+
+def test_a_quiet_region_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    write(tmp_path, at(60), traffic(60))
+    compare(tmp_path, now=at(90))
+
+    def looked_at() -> bool:
+        TrailMark.objects.update(updated_at=START)
+        compare(tmp_path)
+        return TrailMark.objects.get().updated_at > START
+
+    assert looked_at()
+    (tmp_path / "bad.json").write_text("{")
+    assert not looked_at()
+    (tmp_path / "bad.json").unlink()
+    made(at(200))  # the trail goes on no more
+    assert not looked_at()
 
 
 # --- again and again ----------------------------------------------------------------
@@ -442,6 +650,32 @@ def test_files_that_were_compared_are_passed_over(tmp_path: Path) -> None:
     report = compare(tmp_path)
     assert (report.files, report.passed_over) == (1, 3)
     assert not AuditFinding.objects.exists() and not report.errors
+
+
+def test_files_are_not_asked_after_one_by_one(tmp_path: Path) -> None:
+    for number in range(40):
+        write(tmp_path, at(number), traffic(1, start=number))
+    write(tmp_path, at(600), traffic(1, start=599))
+    asked = []
+    for _ in range(2):
+        with CaptureQueriesContext(connection) as captured:
+            report = compare(tmp_path)
+        table = TrailFile._meta.db_table
+        asked.append(sum(table in query["sql"] for query in captured))
+    assert report.passed_over == 40
+    assert all(number <= 6 for number in asked)
+
+
+def test_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
+    paths = [write(tmp_path, at(hour), traffic(1, start=hour)) for hour in range(3)]
+    write(tmp_path, at(600), traffic(1, start=599))
+    compare(tmp_path)
+    paths[1].unlink()
+    compare(tmp_path, since=at(0))
+    assert TrailFile.objects.count() == 3
+    compare(tmp_path)
+    kept = set(TrailFile.objects.values_list("path", flat=True))
+    assert kept == {str(paths[0]), str(paths[2])}
 
 
 def test_a_file_that_grew_is_read_again(tmp_path: Path) -> None:
@@ -476,6 +710,14 @@ def test_a_time_that_was_never_read_is_told(tmp_path: Path) -> None:
     assert "Nothing was read" in error and not AuditFinding.objects.exists()
 
 
+def test_a_quiet_trail_has_no_gap(tmp_path: Path) -> None:
+    write(tmp_path, at(30), traffic(30))
+    write(tmp_path, at(600), traffic(1, start=600))
+    assert not compare(tmp_path).errors
+    report = compare(tmp_path)
+    assert (report.passed_over, report.missing, report.errors) == (1, 0, [])
+
+
 def test_a_range_of_time_is_looked_at_whatever_was(tmp_path: Path) -> None:
     strange = [record(at(n), sub=new_sub(), caller=THIEF) for n in (5, 35, 55)]
     write(tmp_path, at(60), [*traffic(60), *strange])
@@ -498,6 +740,51 @@ def test_what_is_seen_again_after_it_was_acknowledged_is_open_again(tmp_path: Pa
     assert findings.open_findings().get().count == 2
 
 
+def test_what_is_seen_again_after_it_was_acknowledged_is_mailed_again(
+    tmp_path: Path, configure: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(AUDIT_MAIL_ADMINS=True)
+    monkeypatch.setattr("django.core.mail.mail_admins", lambda *mail: None)
+    write(tmp_path, at(60), [*traffic(60), record(at(5), sub=new_sub(), caller=THIEF)])
+    compare(tmp_path)
+    assert alarms.mail() == 1
+    findings.acknowledge(AuditFinding.objects.get(), "rose")
+    assert alarms.mail() == 0
+    # Its time is before that of the mail.
+    write(tmp_path, at(61), [record(at(6), sub=new_sub(), caller=THIEF)])
+    compare(tmp_path)
+    assert alarms.mail() == 1 and alarms.mail() == 0
+
+
+@pytest.mark.parametrize("where", ["holders.find", "alarms.give"])
+def test_an_alarm_is_not_lost_if_a_run_dies(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = User.objects.create(username="rose", password=make_password("secret"))
+    sub = encoding.parse(user.password).header.sub
+    write(tmp_path, at(60), [*traffic(60), record(at(5), sub=sub, caller=THIEF)])
+    told: list[AuditFinding] = []
+
+    def hear(finding: AuditFinding, **kwargs: Any) -> None:
+        told.append(finding)
+
+    def die(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    alarms.audit_alarm.connect(hear)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"kms_hasher.audit.{where}", die)
+            compare(tmp_path)
+        for _ in range(2):
+            compare(tmp_path)
+    finally:
+        alarms.audit_alarm.disconnect(hear)
+    assert [finding.count for finding in told] == [1]
+    finding = AuditFinding.objects.get()
+    assert finding.details["accounts"] == [f"auth.User.password {user.pk}"]
+
+
 # --- what is wrong with it ----------------------------------------------------------
 
 
@@ -510,6 +797,21 @@ def test_a_damaged_file_is_told_and_the_others_are_compared(tmp_path: Path) -> N
     assert error.startswith(str(second)) and first.exists()
     assert strange["eventID"] in unknown()
     assert not TrailFile.objects.filter(path=str(second)).exists()
+
+
+def test_a_file_whose_name_is_not_utf_8_is_read_each_time(tmp_path: Path) -> None:
+    strange = record(at(7), sub=new_sub(), caller=THIEF)
+    path = write(tmp_path, at(10), [*traffic(), strange])
+    odd = os.fsencode(path.parent) + b"/\xff.json.gz"
+    path.rename(os.fsdecode(odd))
+    write(tmp_path, at(600), traffic(1, start=599))
+    for _ in range(2):
+        report = compare(tmp_path)
+        assert (report.files, report.unknown, report.errors) == (2, 1, [])
+    Path(os.fsdecode(odd)).write_text("{")
+    status, text = run(str(tmp_path))
+    assert status == 3 and r"\udcff.json.gz" in text
+    assert text.encode()
 
 
 def test_hostile_records_are_stored_as_far_as_they_fit(tmp_path: Path) -> None:
@@ -615,6 +917,48 @@ def test_it_speaks_to_machines(tmp_path: Path) -> None:
     assert told["findings"][0]["kind"] == "unknown-call"
     status, text = run("--json", "/nowhere")
     assert status == 1 and json.loads(text)["errors"]
+
+
+def test_all_accounts_of_a_finding_are_listed(tmp_path: Path) -> None:
+    users = User.objects.bulk_create(
+        User(username=f"u{n}", password=make_password("secret")) for n in range(60)
+    )
+    strange = [
+        record(at(7), sub=encoding.parse(user.password).header.sub, caller=THIEF)
+        for user in [*users, users[0]]
+    ]
+    write(tmp_path, at(30), [*traffic(), *strange, record(at(7), sub=new_sub(), caller=THIEF)])
+    assert run(str(tmp_path))[0] == 3
+    finding = AuditFinding.objects.get()
+    names = {f"auth.User.password {user.pk}" for user in users}
+    status, text = run("--finding", str(finding.pk))
+    assert status == 0 and len(lines := text.splitlines()) == 60 and set(lines) == names
+    status, text = run("--finding", str(finding.pk), "--json")
+    told = json.loads(text)
+    assert status == 0 and told["ok"] and set(told["accounts"]) == names
+
+
+@pytest.mark.usefixtures("envelope")
+def test_all_accounts_of_a_data_key_are_listed(tmp_path: Path) -> None:
+    users = [User(username=f"u{n}", password=make_password("secret")) for n in range(3)]
+    (*users, other) = User.objects.bulk_create(users)
+    data_key = DataKey.objects.get()
+    access = keyring.access(encoding.parse(data_key.sealed).header, "set")
+    (new,) = data_keys.make(access, 1)
+    sealed = other.password.replace(
+        encoding.data_key_ref(data_key.pk), encoding.data_key_ref(new)
+    )
+    User.objects.filter(pk=other.pk).update(password=sealed)
+    strange = record(at(7), sub=sub_of(data_key), caller=THIEF)
+    write(tmp_path, at(30), [*traffic(), strange])
+    assert run(str(tmp_path))[0] == 3
+    _, text = run("--finding", str(AuditFinding.objects.get().pk))
+    assert text.splitlines() == [f"auth.User.password {user.pk}" for user in users]
+
+
+def test_a_finding_is_listed_alone() -> None:
+    assert run("--finding", "7")[0] == 1
+    assert run("--finding", "7", "--lookup")[0] == 1
 
 
 def test_times_are_in_utc_where_no_zone_is_given(tmp_path: Path) -> None:

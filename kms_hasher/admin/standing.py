@@ -12,7 +12,7 @@ from django.utils import timezone
 from django.utils.translation import ngettext
 
 from kms_hasher.admin.base import NONE, ON_PAGE, may_view, number, time
-from kms_hasher.audit import findings, seals, segments
+from kms_hasher.audit import findings, seals, segments, site
 from kms_hasher.models import AuditFinding, AuditSeal, TrailMark
 
 #: So many open findings are listed; the rest are a link away.
@@ -71,19 +71,27 @@ def seals_shown(request: HttpRequest) -> dict[str, Any] | None:
 
 
 def trail_shown(request: HttpRequest) -> dict[str, Any] | None:
-    """Return up to when CloudTrail was compared, the Region that is furthest behind first."""
+    """
+    Return up to when CloudTrail was compared, the Region that is furthest behind first.
+
+    Late is what no comparison has come to: a Region where nobody calls may be far behind.
+    """
     if not may_view(request, AuditFinding):
         return None
     now = timezone.now()
+    marks = TrailMark.objects.all()
+    if regions := site.Keys().regions:
+        # Of others records were read, but none of this site's.
+        marks = marks.filter(region__in=regions)
     rows = [
         {
             "region": mark.region,
             "until": time(mark.until),
             "age": age(now - mark.until),
-            "is_late": now - mark.until > LATE,
+            "is_late": now - mark.updated_at > LATE,
             "at": time(mark.updated_at),
         }
-        for mark in TrailMark.objects.order_by("until")[:ON_PAGE]
+        for mark in marks.order_by("until")[:ON_PAGE]
     ]
     return {"rows": rows}
 

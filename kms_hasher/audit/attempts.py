@@ -37,10 +37,9 @@ def match(space: Workspace) -> None:
     attempts = tried if isinstance(tried, int) else 2
     clients = space.clients()
     for page in space.unmatched():
-        # Who never made a call that we know of has made none of our attempts.
-        asked = [
-            call for call in page if not call.by_aws and (call.client in clients or not clients)
-        ]
+        # Who never made a call that we know of has made none of our attempts. Where none is
+        # known, none is: what is read again with one that is matched is explained then.
+        asked = [call for call in page if not call.by_aws and call.client in clients]
         if not asked:
             continue
         events = _Events(asked)

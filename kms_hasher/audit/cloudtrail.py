@@ -46,7 +46,8 @@ class Call(NamedTuple):
     One call to KMS, as CloudTrail has it.
 
     `event_id` is the same for the records of one call in two accounts. `keys` are the key
-    ARNs, a ReEncrypt's source first; where the record names none, an alias's ARN. `contexts`
+    ARNs, a ReEncrypt's source first; an alias's ARN where the record names none, and after them
+    where the alias is made, moved or deleted: the key may be a stranger's. `contexts`
     are the encryption contexts, a ReEncrypt's source first. `by_aws` marks what AWS did of
     itself.
     """
@@ -156,7 +157,7 @@ def read_record(record: object) -> Read:
         operation=operation,
         event_id=_text(record.get("sharedEventID")) or event_id,
         request_id=_text(record.get("requestID")),
-        keys=_keys(record, asked, region),
+        keys=_keys(record, asked, region, operation.endswith("Alias")),
         contexts=_contexts(asked),
         error_code=_text(record.get("errorCode")),
         caller=_text(identity.get("arn"))
@@ -171,19 +172,24 @@ def read_record(record: object) -> Read:
     return Read(time, region, call)
 
 
-def _keys(record: Mapping[str, Any], asked: Mapping[str, Any], region: str) -> tuple[str, ...]:
+def _keys(
+    record: Mapping[str, Any], asked: Mapping[str, Any], region: str, of_alias: bool
+) -> tuple[str, ...]:
     resources = record.get("resources")
     listed = [
         _text(each.get("ARN"))
         for each in (resources if isinstance(resources, list) else [])
         if isinstance(each, dict)
     ]
-    if not any(":key/" in name for name in listed):
+    needed = (":key/", ":alias/") if of_alias else (":key/",)
+    if not all(any(part in name for name in listed) for part in needed):
         account = _text(record.get("recipientAccountId"))
         listed += [_arn(_text(asked.get(name)), region, account) for name in _KEYS]
-    # In their order, each once; aliases only where no key is told.
+    # In their order, each once; aliases only where no key is told, or they are changed.
     known = dict.fromkeys(name for name in listed if _is_arn(name))
     keys = tuple(name for name in known if ":key/" in name)
+    if of_alias:
+        return keys + tuple(name for name in known if ":key/" not in name)
     return keys or tuple(known)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from django.db.models import Count, Max, Min
 from django.utils import timezone
 
-from kms_hasher.audit import findings
+from kms_hasher.audit import findings, holders
 from kms_hasher.audit.cloudtrail import Call
 from kms_hasher.audit.findings import Found, Kind, Severity
 from kms_hasher.audit.site import USES, key_ref, of_utc
@@ -26,6 +26,20 @@ PAGE = 500
 
 #: How many addresses, agents and accounts a finding names; the evidence has them all.
 NAMED = 20
+
+#: Changes that destroy a key or give it away: as bad as a use.
+WORST = frozenset(
+    [
+        "CreateAlias",
+        "CreateGrant",
+        "DeleteAlias",
+        "DeleteImportedKeyMaterial",
+        "DisableKey",
+        "PutKeyPolicy",
+        "ScheduleKeyDeletion",
+        "UpdateAlias",
+    ]
+)
 
 UNKNOWN = "{operation} by {caller}"
 MISSING = "{operation} on {day:%Y-%m-%d}, which CloudTrail does not have"
@@ -138,6 +152,14 @@ def explain_events(pks: Iterable[int]) -> int:
     return explain(map(_reference, pks))
 
 
+def unfinished(kinds: Sequence[AuditFinding.Kind]) -> list[int]:
+    """Return open findings that a run which died has not told of, or not to its end."""
+    rows = findings.open_findings(*kinds)
+    not_asked = AuditEvidence.objects.filter(holder=None, finding__in=rows).exclude(sub="")
+    untold = rows.filter(alarmed_at=None).values_list("pk", flat=True)
+    return sorted({*untold, *not_asked.values_list("finding", flat=True)})
+
+
 def describe(found: Sequence[int]) -> None:
     """Bring count, times and details of findings up to their evidence."""
     for finding in AuditFinding.objects.filter(pk__in=set(found)):
@@ -154,7 +176,7 @@ def describe(found: Sequence[int]) -> None:
                 "user_agents": _most(rows, "user_agent"),
                 "callers": _most(rows, "caller"),
                 "error_codes": _most(rows, "error_code"),
-                "stored_passwords": rows.exclude(sub="").values("sub").distinct().count(),
+                "stored_passwords": holders.number(finding),
                 "accounts": _accounts(rows),
             }
         finding.save(
@@ -190,10 +212,11 @@ def _group(call: Call) -> _Group:
 
 def _unknown(group: _Group, among: Sequence[Call]) -> Found:
     use = group.operation in USES
+    bad = not group.refused and (use or group.operation in WORST)
     times = [of_utc(call.time) for call in among]
     return Found(
         Kind.UNKNOWN_CALL if use else Kind.UNKNOWN_CHANGE,
-        Severity.CRITICAL if use and not group.refused else Severity.WARNING,
+        Severity.CRITICAL if bad else Severity.WARNING,
         (group.operation, group.role, group.key, str(group.refused)),
         UNKNOWN.format(operation=group.operation, caller=group.role or NOBODY)
         + (" (refused)" if group.refused else ""),

@@ -75,11 +75,13 @@ def record(found: Found, *, fresh: bool | None = None) -> tuple[AuditFinding, bo
     finding.count = max(finding.count, found.number)
     finding.details = {**finding.details, **found.details}
     if reopened:
-        finding.acknowledged_at = finding.resolved_at = finding.alarmed_at = None
+        finding.acknowledged_at = finding.resolved_at = None
+        finding.alarmed_at = finding.mailed_at = None
         finding.acknowledged_by = ""
     names = ["subject", "severity", "first_seen", "last_seen", "count", "details"]
     if reopened:
-        names += ["acknowledged_at", "acknowledged_by", "resolved_at", "alarmed_at"]
+        names += ["acknowledged_at", "acknowledged_by", "resolved_at"]
+        names += ["alarmed_at", "mailed_at"]
     finding.save(update_fields=names)
     return finding, reopened
 

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 
 from kms_hasher import conf, signals
 from kms_hasher.audit import alarms, attempts, evidence, findings, holders, workspace
@@ -36,17 +36,22 @@ SILENCE = 2 * 3600
 #: How the operations begin that only look.
 LOOKS = ("Describe", "Get", "List")
 
-KINDS = (
-    AuditFinding.Kind.UNKNOWN_CALL,
-    AuditFinding.Kind.UNKNOWN_CHANGE,
-    AuditFinding.Kind.NOT_IN_TRAIL,
-)
+#: Seconds after which an event that comes late explains nothing by itself.
+LATEST = 30 * 24 * 3600
+
+#: Findings that stand on calls, and all of a comparison.
+CALLS = (AuditFinding.Kind.UNKNOWN_CALL, AuditFinding.Kind.UNKNOWN_CHANGE)
+KINDS = (*CALLS, AuditFinding.Kind.NOT_IN_TRAIL)
 
 AUDIT_IS_OFF = "KMS_HASHER['AUDIT'] is \"off\": there are no events to compare with."
 NOTHING_NAMED = "Name folders or files of CloudTrail, or give --lookup."
 SILENT = (
     "The last of CloudTrail in {region} is of {last:%Y-%m-%d %H:%M} UTC, and there are later "
     "events: is the trail still written, and were all of its files fetched?"
+)
+UNREAD = (
+    "Nothing was read of CloudTrail in {region}, and there are events since "
+    "{since:%Y-%m-%d %H:%M} UTC: is there a trail for this Region, and were its files fetched?"
 )
 
 
@@ -117,17 +122,26 @@ def reconcile(
             trail.read_files(paths)
         if lookup:
             trail.look_up()
-        report = Report()
+        report = Report(explained=_explain_late(trail.range.now))
+        left = evidence.unfinished(KINDS)
+        _tell(left)
         found = [*_match(space, trail, report), *_judge(space, trail.range, report)]
+        # What is stored is not found anew: it is told before anything else may fail.
+        _tell(found)
         report.holders = holders.find()
-        evidence.describe(found)
-        report.errors = [*trail.errors, *trail.gaps(), *_silences(trail)]
+        evidence.describe([*left, *found])
+        silences = _silences(trail)
+        report.errors = [*trail.errors, *trail.gaps(), *silences.values()]
         report.files, report.passed_over = trail.files, trail.passed_over
         report.records, report.duplicates = trail.records, trail.duplicates
-        report.until = trail.remember()
+        report.until = trail.remember(silences)
+    return report
+
+
+def _tell(found: Sequence[int]) -> None:
+    evidence.describe(found)
     for finding in findings.open_findings(*KINDS).filter(pk__in=set(found)):
         alarms.give(finding)
-    return report
 
 
 # --- matching -----------------------------------------------------------------------
@@ -161,6 +175,30 @@ def _match(space: Workspace, trail: Trail, report: Report) -> list[int]:
     return stored
 
 
+def _explain_late(now: int) -> int:
+    """
+    Explain calls by events that were stored after they had been found; return how many.
+
+    The files that these calls stand in may be passed over by now.
+    """
+    rows = AuditEvidence.objects.filter(
+        finding__in=findings.open_findings(*CALLS),
+        explained_at=None,
+        time__gte=of_seconds(now - LATEST),
+    ).exclude(request_id="")
+    number = last = 0
+    while page := list(rows.filter(pk__gt=last).order_by("pk")[:PAGE]):
+        last = page[-1].pk
+        times = sorted(seconds_of(row.time) for row in page)
+        spans = workspace.merged((time - SKEW, time + SKEW) for time in times)
+        for events in _events(spans):
+            present = {id_ for event in events for id_ in event.request_ids.split()}
+            number += evidence.explain(
+                row.reference for row in page if row.request_id in present
+            )
+    return number
+
+
 def _events(spans: Iterable[tuple[int, int]]) -> Iterator[list[AuditEvent]]:
     """Yield the events of the spans that have request ids, by time, in pages."""
     fields = ("time", "operation", "outcome", "requested_key", "key_ref", "request_ids", "sub")
@@ -173,6 +211,12 @@ def _events(spans: Iterable[tuple[int, int]]) -> Iterator[list[AuditEvent]]:
             last = page[-1]
             later = Q(time__gt=last.time) | Q(time=last.time, pk__gt=last.pk)
             after = Q(time__gte=last.time) & later
+
+
+def _answered() -> QuerySet[AuditEvent]:
+    """Return the events that `_leaves_a_record` is true of."""
+    rows = AuditEvent.objects.exclude(request_ids="").only("time")
+    return rows.filter(outcome=signals.SUCCESS, operation__in=OPERATIONS.values())
 
 
 def _leaves_a_record(event: AuditEvent) -> bool:
@@ -213,15 +257,23 @@ def _kind(call: Call, times: Range, begun: int | None) -> str:
     return "early" if started is not None and at < started else "unknown"
 
 
-def _silences(trail: Trail) -> list[str]:
+def _silences(trail: Trail) -> dict[str, str]:
     """Return a line for each Region in which events go on and CloudTrail does not."""
-    lines = []
-    for region, cover in trail.covered.items():
-        start, end = cover.last + LATE, trail.range.now - SILENCE
-        if trail.range.is_given or region not in trail.keys.regions or start >= end:
+    if trail.range.is_given:
+        return {}
+    lines = {}
+    end = trail.range.now - SILENCE
+    for region in sorted(trail.keys.regions):
+        cover = trail.covered.get(region)
+        start = cover.last + LATE if cover else trail.unread_since(region)
+        after = Q() if start is None else Q(time__gte=of_seconds(start))
+        rows = _answered().filter(after, trail.keys.events_of(region))
+        first = rows.filter(time__lte=of_seconds(end)).order_by("time", "pk").first()
+        if first is None:
             continue
-        for page in _events([(start, end)]):
-            if any(_leaves_a_record(e) and trail.keys.region_of(e) == region for e in page):
-                lines.append(SILENT.format(region=region, last=utc(cover.last)))
-                break
+        if cover:
+            lines[region] = SILENT.format(region=region, last=utc(cover.last))
+        else:
+            since = utc(seconds_of(first.time))
+            lines[region] = UNREAD.format(region=region, since=since)
     return lines

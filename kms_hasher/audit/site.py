@@ -5,14 +5,16 @@ What of CloudTrail is this site's: the keys, the contexts, and times as the data
 from __future__ import annotations
 
 import datetime
+import functools
 from typing import TYPE_CHECKING
 
 from django.conf import settings
+from django.db.models import Q
 from django.utils import timezone
 
 from kms_hasher import calls, conf, encoding
 from kms_hasher.exceptions import MalformedHash
-from kms_hasher.models import AuditEvent, Key
+from kms_hasher.models import AliasPeriod, AuditEvent, Key
 
 if TYPE_CHECKING:
     from kms_hasher.audit.cloudtrail import Call, Context
@@ -45,18 +47,46 @@ class Keys:
         keys = (now.key, now.mac_key, now.audit_seal_key, now.audit_context_key)
         named = [*keys, *now.previous_keys]
         self._refs = {*self._regions, *filter(None, map(key_ref, named))}
-        last = {key.rpartition(":")[2] for key in keys}
-        self._aliases = {name for name in last if name.startswith("alias/")}
         self._home = now.home.region if now.home else str(now.options.get("region") or "")
         others = {*map(calls.region_of, now.previous_keys), *now.fallback_regions}
         self.regions = {*self._regions.values(), self._home, *others} - {""}
+        arns = [key for key in keys if key.startswith("arn:")]
+        self._aliases = {each for key in arns for each in (key, *now.replicas(key))}
+        self._names = {key for key in keys if key.startswith("alias/")}
 
     def include(self, call: Call) -> bool:
-        """Return whether the call is on a key of this site."""
+        """Return whether the call is on a key or an alias of this site."""
         return any(
-            key_ref(key) in self._refs or key.rpartition(":")[2] in self._aliases
+            key_ref(key) in self._refs or key in self._aliases or self._is_named(key)
             for key in call.keys
         )
+
+    def _is_named(self, key: str) -> bool:
+        """Return whether it is the ARN of an alias that the settings have by its name alone."""
+        region, account, name = key.split(":", 5)[3:]
+        if name not in self._names:
+            return False
+        places = self._places.get(name)
+        return (region, account) in places if places else self._home in ("", region)
+
+    @functools.cached_property
+    def _places(self) -> dict[str, set[tuple[str, str]]]:
+        """Regions and accounts of each alias, which are those of the keys it pointed to."""
+        rows = AliasPeriod.objects.filter(alias__in=self._names)
+        found: dict[str, set[tuple[str, str]]] = {}
+        for alias, arn in rows.values_list("alias", "key__arn").distinct().order_by():
+            region, account = arn.split(":", 5)[3:5]
+            found.setdefault(alias, set()).add((region, account))
+        return found
+
+    def events_of(self, region: str) -> Q:
+        """Return the condition for events whose `region_of` is that Region."""
+        named = Q(requested_key__startswith="arn:")
+        here = [ref for ref, among in self._regions.items() if among == region]
+        found = Q(key_ref__in=here)
+        if region == self._home:
+            found |= ~Q(key_ref__in=[ref for ref, among in self._regions.items() if among])
+        return named & Q(requested_key__contains=f":kms:{region}:") | ~named & found
 
     def region_of(self, event: AuditEvent) -> str:
         """Return the Region that the call of an event went to, as far as is known."""

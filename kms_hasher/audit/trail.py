@@ -7,15 +7,17 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from django.utils import timezone
 
 from kms_hasher import calls
 from kms_hasher.audit import cloudtrail
 from kms_hasher.audit.cloudtrail import Call, Read
 from kms_hasher.audit.site import Keys, of_seconds, seconds_of, utc
-from kms_hasher.audit.workspace import PAGE, File, Workspace, seconds
+from kms_hasher.audit.workspace import PAGE, File, Workspace, pages, seconds
 from kms_hasher.exceptions import ConfigurationError, TrailError
 from kms_hasher.models import TrailFile, TrailMark
 
@@ -30,6 +32,8 @@ SETTLE = 5 * 60
 
 #: Seconds that are looked up the first time.
 FIRST_LOOK_UP = 24 * 3600
+
+_STATE = ("digest", "size", "modified")
 
 NO_LOOKUP = 'The provider cannot look up CloudTrail: only "aws" can. Name files instead.'
 NO_REGION = "Nobody knows in which Region to look: give KMS_HASHER['KEY'] as an ARN."
@@ -87,20 +91,27 @@ class Trail:
 
     def read_files(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         """Read files and folders. Raises `TrailError` for a path that does not exist."""
-        for path in cloudtrail.files(paths):
-            try:
-                state = path.stat()
-                if not self.range.is_given and _is_known(path, state):
-                    self.passed_over += 1
-                    continue
-                self.files += 1
-                last, regions = self._take(cloudtrail.read(path))
-            except TrailError as error:
-                self.errors.append(str(error))
-            except OSError as error:
-                self.errors.append(f"{path}: {type(error).__name__}.")
-            else:
-                name, size = str(path.absolute()), state.st_size
+        for page in pages(cloudtrail.files(paths)):
+            known = {} if self.range.is_given else _known_files(page)
+            for path in page:
+                self._read_file(path, known)
+
+    def _read_file(self, path: Path, known: Mapping[str, tuple[int, int]]) -> None:
+        try:
+            state = path.stat()
+            if known.get(_digest(path)) == (state.st_size, state.st_mtime_ns):
+                self.passed_over += 1
+                return
+            self.files += 1
+            last, regions = self._take(cloudtrail.read(path))
+        except TrailError as error:
+            self.errors.append(_printable(str(error)))
+        except OSError as error:
+            self.errors.append(_printable(f"{path}: {type(error).__name__}."))
+        else:
+            name, size = str(path.absolute()), state.st_size
+            # A name that is not UTF-8 fits into no database: such a file is read each time.
+            if name == _printable(name):
                 self.space.add_file(
                     File(name, size, state.st_mtime_ns, last, tuple(sorted(regions)))
                 )
@@ -167,6 +178,12 @@ class Trail:
             start = self._marks[region]
         return (start, end) if start < end else None
 
+    def unread_since(self, region: str) -> int | None:
+        """Return up to when a Region was read before, None for never."""
+        mark = self._marks.get(region)
+        # The mark is what is `LATE` before the last record that was read.
+        return None if mark is None else mark + 2 * LATE
+
     def gaps(self) -> list[str]:
         """Return a line for each time that was never read."""
         return [
@@ -181,10 +198,16 @@ class Trail:
 
     def _gap(self, region: str) -> bool:
         mark = self._marks.get(region)
-        return mark is not None and self.covered[region].first > mark
+        # On a quiet trail the last record that was read before is the first of this time.
+        return mark is not None and self.covered[region].first > mark + LATE
 
-    def remember(self) -> dict[str, datetime.datetime]:
-        """Note how far it came, and which files need not be read again; return the former."""
+    def remember(self, silent: Collection[str] = ()) -> dict[str, datetime.datetime]:
+        """
+        Note how far it came, and which files need not be read again; return the former.
+
+        Where nobody called it came no further, and that it was looked at is noted all the same;
+        not for Regions that are `silent` though there are events, nor if anything was not read.
+        """
         spans = {region: self.span(region) for region in self.covered}
         until = {region: utc(span[1]) for region, span in spans.items() if span}
         if self.range.is_given:
@@ -195,10 +218,14 @@ class Trail:
                 TrailMark.objects.update_or_create(
                     region=region, defaults={"until": of_seconds(span[1])}
                 )
+        if not self.errors:
+            looked_at = self.keys.regions.difference(silent)
+            TrailMark.objects.filter(region__in=looked_at).update(updated_at=timezone.now())
         for page in self.space.files():
             done = [_known(file) for file in page if self._is_done(file)]
             TrailFile.objects.filter(digest__in=[row.digest for row in done]).delete()
             TrailFile.objects.bulk_create(done, ignore_conflicts=True)
+        _forget_files()
         return until
 
     def _is_done(self, file: File) -> bool:
@@ -215,11 +242,34 @@ def _readable(records: Iterable[object], bad: list[object]) -> Iterable[Read]:
             bad.append(error)
 
 
-def _is_known(path: Path, state: os.stat_result) -> bool:
-    digest = _digest(str(path.absolute()))
-    return TrailFile.objects.filter(
-        digest=digest, size=state.st_size, modified=state.st_mtime_ns
-    ).exists()
+def _printable(text: str) -> str:
+    """Return a text that can be written as UTF-8, whatever bytes a file's name had."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _known_files(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of those that need not be read again, by digest."""
+    rows = TrailFile.objects.filter(digest__in=list(map(_digest, paths)))
+    return {digest: (size, at) for digest, size, at in rows.values_list(*_STATE)}
+
+
+def _forget_files() -> None:
+    """Delete the rows of files that are there no more."""
+    last = 0
+    while page := list(TrailFile.objects.filter(pk__gt=last).order_by("pk")[:PAGE]):
+        last = page[-1].pk
+        gone = [row.pk for row in page if _is_gone(Path(row.path))]
+        TrailFile.objects.filter(pk__in=gone).delete()
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # it may be there
+        return False
+    return False
 
 
 def _known(file: File) -> TrailFile:
@@ -228,5 +278,5 @@ def _known(file: File) -> TrailFile:
     )
 
 
-def _digest(path: str) -> str:
-    return hashlib.sha256(os.fsencode(path)).hexdigest()
+def _digest(path: str | Path) -> str:
+    return hashlib.sha256(os.fsencode(Path(path).absolute())).hexdigest()

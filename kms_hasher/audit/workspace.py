@@ -16,9 +16,11 @@ import sqlite3
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kms_hasher.audit.cloudtrail import Call, Context
+
+T = TypeVar("T")
 
 #: Rows handed over at a time. SQLite takes at least 999 parameters a statement.
 PAGE = 500
@@ -182,9 +184,9 @@ def opened() -> Iterator[Workspace]:
             connection.close()
 
 
-def pages(items: Iterable[str], size: int = PAGE) -> Iterator[list[str]]:
+def pages(items: Iterable[T], size: int = PAGE) -> Iterator[list[T]]:
     """Yield the items in lists of so many."""
-    page: list[str] = []
+    page: list[T] = []
     for item in items:
         page.append(item)
         if len(page) == size:

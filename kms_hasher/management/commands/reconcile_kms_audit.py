@@ -4,16 +4,17 @@ import argparse
 import dataclasses
 import datetime
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import DatabaseError
 
-from kms_hasher.audit import alarms, findings
+from kms_hasher.audit import alarms, findings, holders
 from kms_hasher.audit.reconcile import KINDS, Report, reconcile
 from kms_hasher.exceptions import KMSHasherError
 from kms_hasher.management.commands._walk import _formatter
+from kms_hasher.models import AuditFinding
 
 #: Exit statuses, besides 0 and 2, argparse's own.
 FAILED, FOUND = 1, 3
@@ -25,15 +26,18 @@ EPILOG = """\
 Examples:
   aws s3 sync s3://TRAIL/AWSLogs/ /var/lib/cloudtrail/ && %(prog)s /var/lib/cloudtrail
   %(prog)s --lookup           ask CloudTrail itself: two requests, 100 calls a second
+  %(prog)s --finding 7        list all accounts that a finding is about
   %(prog)s --since 2026-11-01 --until 2026-11-02 /var/lib/cloudtrail
 
 What was compared before is passed over. Findings are rows in the admin, and stay open until
 somebody acknowledges them. Exit status: 0 no open finding, 1 refused, failed or not all could
-be read, 3 there are open findings.
+be read, 3 there are open findings. --finding: 0 listed, 1 refused or failed.
 """
 
 OPEN = "Open findings: {number}."
 NOT_READ = "Not all could be read or compared; problems: {number}."
+ALONE = "--finding lists the accounts of one finding, and takes nothing but --json."
+NO_FINDING = "There is no finding {pk}."
 DATABASE_FAILED = "The database failed ({error}). Run it again."
 
 
@@ -69,10 +73,20 @@ class Command(BaseCommand):
             "--until", type=_time, metavar="TIME", help="The same for the end of the time."
         )
         parser.add_argument(
+            "--finding",
+            type=int,
+            metavar="ID",
+            help="Compare nothing: list all accounts that this finding is about, one a line, "
+            "as column and primary key; those of a data key are looked for now.",
+        )
+        parser.add_argument(
             "--json", action="store_true", help="Write one JSON object instead of text."
         )
 
     def handle(self, **options: Any) -> None:
+        if options["finding"] is not None:
+            self._list(options)
+            return
         names = ("paths", "lookup", "since", "until")
         try:
             report = reconcile(**{name: options[name] for name in names})
@@ -99,7 +113,28 @@ class Command(BaseCommand):
         if report.errors:
             raise CommandError(NOT_READ.format(number=len(report.errors)), returncode=FAILED)
 
-    def _fail(self, text: str, to_json: bool) -> None:
+    def _list(self, options: dict[str, Any]) -> None:
+        others = ("paths", "lookup", "since", "until")
+        if any(options[name] for name in others):
+            self._fail(ALONE, options["json"])
+        pk = options["finding"]
+        try:
+            finding = AuditFinding.objects.filter(pk=pk).first()
+            if finding is None:
+                self._fail(NO_FINDING.format(pk=pk), options["json"])
+            names = holders.names(finding)
+            if options["json"]:
+                told = {"ok": True, "finding": pk, "accounts": list(names)}
+                self.stdout.write(json.dumps(told, indent=2))
+            else:
+                for name in names:
+                    self.stdout.write(name)
+        except KMSHasherError as error:
+            self._fail(str(error), options["json"])
+        except DatabaseError as error:
+            self._fail(DATABASE_FAILED.format(error=type(error).__name__), options["json"])
+
+    def _fail(self, text: str, to_json: bool) -> NoReturn:
         if to_json:
             self.stdout.write(json.dumps({"ok": False, "errors": [text]}, indent=2))
         raise CommandError(text, returncode=FAILED) from None
