@@ -309,10 +309,36 @@ def test_which_keys_are_retired(changes: dict[str, Any], retired: bool) -> None:
     assert detect.retired_keys() == ([key] if retired else [])
 
 
-def test_keys_in_the_settings_are_not_retired(configure: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"PREVIOUS_KEYS": [ARN]},
+        {"MAC_KEY": ARN, "MODE": "mac_in_direct"},
+        {"AUDIT_SEAL_KEY": ARN.rpartition("/")[2]},
+        {"AUDIT_CONTEXT_KEY": ARN},
+    ],
+)
+def test_keys_in_the_settings_are_not_retired(
+    configure: Callable[..., None], changes: dict[str, Any]
+) -> None:
     left_key()
-    configure(PREVIOUS_KEYS=[ARN])
+    configure(**changes)
     assert detect.retired_keys() == []
+
+
+def test_seals_by_a_key_that_was_left_are_no_use_of_it() -> None:
+    left_key()
+    made(NOW - minutes(10), operation="GenerateMac", purpose="seal")
+    made(NOW - minutes(10), operation="Encrypt", purpose="seal")
+    made(NOW - minutes(10), operation="GenerateMac", purpose="verify")
+    assert alarms.check(6, now=NOW) == []
+    seal = event(time=NOW, operation="GenerateMac", purpose="seal")
+    checked = event(time=NOW, purpose="verify")
+    opened = event(time=NOW, purpose="verify", sub="0a")
+    assert list(detect.in_events([seal, checked])) == []
+    assert [each.kind for each in detect.in_events([opened])] == [Kind.RETIRED_KEY]
+    made(NOW - minutes(10), purpose="verify", sub="0a")
+    assert [each.kind for each in alarms.check(6, now=NOW)] == [Kind.RETIRED_KEY]
 
 
 def test_a_rate_above_the_bound_that_is_set(configure: Callable[..., None]) -> None:

@@ -207,6 +207,8 @@ def _tells(event: Event) -> bool:
         return False
     if event.outcome != signals.SUCCESS or event.operation not in site.USES:
         return False
+    if detect.anchors(event):
+        return False
     names = {event.key, event.requested_key}
     new = [name for name in names if now - _asked.get(name, -ASK_AGAIN) >= ASK_AGAIN]
     if len(_asked) > 1000:  # aliases and keys are few, unless somebody forges

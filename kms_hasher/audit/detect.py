@@ -18,7 +18,7 @@ from django.db.models.functions import TruncMinute
 from kms_hasher import conf, signals
 from kms_hasher.audit import rollups
 from kms_hasher.audit.findings import Found, Kind, Severity
-from kms_hasher.audit.site import USES, key_ref
+from kms_hasher.audit.site import USES, key_ref, named_keys
 from kms_hasher.models import AliasPeriod, AuditEvent, Key
 from kms_hasher.signals import Event
 
@@ -40,6 +40,9 @@ RUNS = ("verify", "unwrap")
 
 #: How long after the count a login may still open what it had read before.
 GRACE = datetime.timedelta(minutes=15)
+
+#: Calls that make and check the anchors of seals: of these no stored password tells.
+ANCHORING = Q(purpose="seal") | Q(purpose="verify", sub="")
 
 #: States of a key that nobody should use any more.
 LEFT = ("Disabled", "PendingDeletion")
@@ -78,7 +81,7 @@ def retired(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]
     for key in retired_keys():
         since = max(start, _free_from(key) or start)
         used = _events(since, end, key_ref=key.ref, outcome=signals.SUCCESS)
-        used = used.filter(operation__in=USES)
+        used = used.filter(operation__in=USES).exclude(ANCHORING)
         sums = used.aggregate(number=Count("pk"), first=Min("time"), last=Max("time"))
         if sums["number"]:
             yield _retired(key, sums["first"], sums["last"])
@@ -131,9 +134,8 @@ def retired_keys() -> list[Key]:
     Return the keys that were left: no alias points there, and no stored password needed them
     when they were counted since, or they are disabled.
     """
-    settings = conf.get()
     present = AliasPeriod.objects.filter(until=None).values("key")
-    named = {key_ref(settings.key), *map(key_ref, settings.previous_keys)}
+    named = set(map(key_ref, named_keys()))
     empty = Q(rows=0) & (Q(left=None) | Q(rows_counted_at__gte=F("left")))
     keys = Key.objects.exclude(pk__in=present).annotate(left=Max("alias_periods__until"))
     return [key for key in keys.filter(Q(state__in=LEFT) | empty) if key.ref not in named]
@@ -163,12 +165,17 @@ def in_events(events: Sequence[Event]) -> Iterator[Found]:
             yield _breaker(event.time, event.requested_key)
         elif event.outcome == signals.INVALID:
             yield _tampered(event.time, event.time)
-        elif event.outcome == signals.SUCCESS:
+        elif event.outcome == signals.SUCCESS and not anchors(event):
             # A ReEncrypt names the key it comes from, and answers with the one it goes to.
             for ref in {key_ref(event.key), key_ref(event.requested_key)} & set(left):
                 free = _free_from(left[ref])
                 if free is None or event.time >= free:
                     yield _retired(left[ref], event.time, event.time)
+
+
+def anchors(event: Event) -> bool:
+    """Return whether the event is one of `ANCHORING`."""
+    return event.purpose == "seal" or (event.purpose == "verify" and not event.sub)
 
 
 # --- what is found ------------------------------------------------------------------
