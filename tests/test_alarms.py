@@ -350,7 +350,7 @@ def test_a_rate_above_the_bound_that_is_set(configure: Callable[..., None]) -> N
     made(NOW - minutes(10), 1)
     (finding,) = alarms.check(now=NOW)
     assert (finding.kind, finding.count) == (Kind.RATE, 21)
-    assert finding.subject == "21 Decrypts within one minute, above the bound of 20."
+    assert finding.subject == "21 Decrypts or MACs within one minute, above the bound of 20."
 
 
 def test_a_rate_far_above_that_of_the_week_before() -> None:
@@ -359,8 +359,30 @@ def test_a_rate_far_above_that_of_the_week_before() -> None:
     for hour in range(3, 33):
         made(NOW - hours(hour), 50)
     (finding,) = alarms.check(now=NOW + minutes(5))
-    assert finding.subject == "400 Decrypts within one hour, above the bound of 150."
-    assert detect.decrypts(NOW - hours(3), NOW, detect.HOUR)[NOW.replace(minute=0)] == 400
+    assert finding.subject == "400 Decrypts or MACs within one hour, above the bound of 150."
+    assert detect.checked(NOW - hours(3), NOW, detect.HOUR)[NOW.replace(minute=0)] == 400
+
+
+@pytest.mark.parametrize("purpose", ["verify", "unwrap", "rotate", "wrap"])
+def test_runs_are_no_rate(configure: Callable[..., None], purpose: str) -> None:
+    made(NOW - minutes(10), 200, purpose=purpose)
+    assert not detect.checked(NOW - hours(1), NOW, detect.HOUR)
+    configure(AUDIT_RATE_BOUND=20)
+    assert alarms.check(now=NOW) == []
+
+
+@pytest.mark.parametrize("bound", [0, 20])
+def test_macs_count_as_decrypts_do(configure: Callable[..., None], bound: int) -> None:
+    configure(AUDIT_RATE_BOUND=bound)
+    for hour in range(3, 33):
+        made(NOW - hours(hour), 50, operation="GenerateMac")
+    for purpose in ("set", "seal"):
+        made(NOW, 400, operation="GenerateMac", purpose=purpose)
+    assert alarms.check(now=NOW + minutes(5)) == []
+    made(NOW, 400, operation="GenerateMac")
+    made(NOW, 400)  # of the same logins, where a MAC is sealed
+    (finding,) = alarms.check(now=NOW + minutes(5))
+    assert (finding.kind, finding.count) == (Kind.RATE, 400)
 
 
 def test_a_quiet_site_has_no_rate_to_speak_of() -> None:

@@ -28,15 +28,18 @@ BURST, BURST_SECONDS = 10, 60.0
 #: The bound on Decrypts is so many times what the busiest hours of the time before had.
 FACTOR = 3
 
-#: Decrypts an hour below which nothing is out of the ordinary.
+#: Calls an hour below which nothing is out of the ordinary.
 LEAST = 100
 
-#: How long the time before is, and how many hours with Decrypts it must have.
+#: How long the time before is, and how many hours with such calls it must have.
 LEARNED = datetime.timedelta(days=7)
 LEARNED_HOURS = 24
 
 #: What opens passwords by the thousand, and is told of as a run.
-RUNS = ("verify", "unwrap")
+RUNS = ("verify", "unwrap", "rotate", "wrap")
+
+#: The calls that a password is checked by, and the purposes for which they do not count.
+CHECKING = {"Decrypt": RUNS, "GenerateMac": (*RUNS, "set", "seal")}
 
 #: How long after the count a login may still open what it had read before.
 GRACE = datetime.timedelta(minutes=15)
@@ -50,7 +53,7 @@ LEFT = ("Disabled", "PendingDeletion")
 BREAKER = "The circuit breaker of Region {region!r} opened: KMS could not answer."
 TAMPERED = "{number} or more values within a minute were not what they claimed to be."
 RETIRED = "The key {arn} was used, which is no alias's and which no stored password needs."
-RATE = "{number:,} Decrypts within one {unit}, above the bound of {bound:,}."
+RATE = "{number:,} Decrypts or MACs within one {unit}, above the bound of {bound:,}."
 
 HOUR, MINUTE = "hour", "minute"
 
@@ -88,14 +91,14 @@ def retired(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]
 
 
 def rate(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]:
-    """Return times with more Decrypts than the bound that is set, or was learned."""
+    """Return times with more passwords checked than the bound that is set, or was learned."""
     bound = conf.get().audit_rate_bound
     if bound:
-        for minute, number in decrypts(start, end, MINUTE).items():
+        for minute, number in checked(start, end, MINUTE).items():
             if number > bound:
                 yield _rate(minute, number, bound, MINUTE)
         return
-    counted = decrypts(start - LEARNED, end, HOUR)
+    counted = checked(start - LEARNED, end, HOUR)
     first = start.replace(minute=0, second=0, microsecond=0)
     before = [number for hour, number in counted.items() if hour < first]
     if len(before) < LEARNED_HOURS:
@@ -108,23 +111,36 @@ def rate(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]:
             yield _rate(hour, number, bound, HOUR)
 
 
-def decrypts(
+def checked(
     start: datetime.datetime, end: datetime.datetime, unit: str
 ) -> Counter[datetime.datetime]:
     """
-    Return how many Decrypts there were in each hour or minute of a time.
+    Return how many Decrypts, or MACs where those are more, there were in each hour or minute.
 
-    Those of runs are left out.
+    A password takes one of either, or one of each. Those of runs are left out.
     """
-    if unit == HOUR:
-        hours = rollups.series_by("purpose", start, end, latency=False, operation="Decrypt")
-        sums = {
-            hour: sum(each.count for purpose, each in by.items() if purpose not in RUNS)
-            for hour, by in hours.items()
-        }
-        return Counter({hour: number for hour, number in sums.items() if number})
+    count = _by_hour if unit == HOUR else _by_minute
+    decrypts, macs = (count(start, end, name) for name in CHECKING)
+    return decrypts | macs
+
+
+def _by_hour(
+    start: datetime.datetime, end: datetime.datetime, operation: str
+) -> Counter[datetime.datetime]:
+    apart = CHECKING[operation]
+    hours = rollups.series_by("purpose", start, end, latency=False, operation=operation)
+    sums = {
+        hour: sum(each.count for purpose, each in by.items() if purpose not in apart)
+        for hour, by in hours.items()
+    }
+    return Counter({hour: number for hour, number in sums.items() if number})
+
+
+def _by_minute(
+    start: datetime.datetime, end: datetime.datetime, operation: str
+) -> Counter[datetime.datetime]:
     trunc = TruncMinute("time", tzinfo=_utc(start))
-    rows = _events(start, end, operation="Decrypt").exclude(purpose__in=RUNS)
+    rows = _events(start, end, operation=operation).exclude(purpose__in=CHECKING[operation])
     counted = rows.annotate(at=trunc).values_list("at").annotate(number=Count("pk")).order_by()
     return Counter(dict(counted))
 
