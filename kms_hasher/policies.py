@@ -15,9 +15,10 @@ from typing import Any
 
 from django.db.models import Q
 
-from kms_hasher import conf, encoding, history, keyring
+from kms_hasher import conf, encoding, history, keyring, modes
 from kms_hasher.exceptions import ConfigurationError, MalformedHash
 from kms_hasher.models import Key
+from kms_hasher.modes.base import SYMMETRIC
 from kms_hasher.providers.base import HMAC_SHA_256, RSAES_OAEP_SHA_256
 
 Statement = dict[str, Any]
@@ -54,7 +55,7 @@ class Site:
 
     `alias` is the ARN of the alias, "" if there is none; `mode` and `context` are those of
     the settings. `mac_keys` are those that MAC_KEY leads to in `mac_in_direct`; `seal_key` and
-    `context_key` anchor the seals of the audit.
+    `context_key` anchor the seals of the audit; either may be "".
     """
 
     keys: tuple[str, ...]
@@ -106,6 +107,9 @@ def site() -> Site:
         keys.pop(arn, None)
     for key in list(keys):
         keys.update(dict.fromkeys(settings.replicas(key)))
+    # By a key that is not symmetric no seal can be anchored.
+    own = settings.key if modes.by_name(settings.mode).spec == SYMMETRIC else ""
+    context_key = settings.audit_context_key or own
     alias = settings.alias
     if alias and not alias.startswith("arn:"):
         alias = str(home._replace(resource=alias))
@@ -116,7 +120,7 @@ def site() -> Site:
         keys=tuple(keys),
         mac_keys=tuple(mac_keys),
         seal_key=_present(settings.audit_seal_key) if settings.audit_seal_key else "",
-        context_key=_present(settings.audit_context_key or settings.key),
+        context_key=_present(context_key) if context_key else "",
         alias=alias,
         mode=settings.mode,
         context=context,
@@ -285,6 +289,8 @@ def _sealing(of: Site) -> list[Statement]:
     if of.seal_key:
         equal = {"kms:MacAlgorithm": HMAC_SHA_256}
         statements.append(_allow("SealAudit", [MAC], [of.seal_key], {"StringEquals": equal}))
+    if not of.context_key:
+        return statements
     context = {**of.context, "use": ["audit-seal", "audit-pruning"]}
     sealed = {f"kms:EncryptionContext:{name}": value for name, value in context.items()}
     actions = ["kms:Encrypt", "kms:Decrypt"]  # it checks the seal that it goes on from

@@ -419,6 +419,18 @@ def test_sealing_that_is_overdue(kms: Provider, monkeypatch: pytest.MonkeyPatch)
     assert finding.subject.startswith("Sealing of the audit is overdue")
 
 
+def test_a_sealer_that_never_ran_is_overdue(configure: Callable[..., None]) -> None:
+    made(timezone.now() - hours(25), operation="Encrypt")
+    assert alarms.check() == []  # a site that does not seal
+    configure(AUDIT_SEAL_KEY="alias/seals", AUDIT_SEAL_HOURS=0)
+    assert alarms.check() == []
+    configure(AUDIT_SEAL_HOURS=26)
+    assert alarms.check() == []
+    configure(AUDIT_SEAL_HOURS=24)
+    (finding,) = alarms.check()
+    assert finding.kind == Kind.SEALING_OVERDUE and "there is no seal" in finding.subject
+
+
 # --- as it happens ------------------------------------------------------------------
 
 

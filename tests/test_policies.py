@@ -190,6 +190,16 @@ def test_sealing_by_keys_of_its_own(site: Callable[..., None]) -> None:
     assert SEALS not in statements("web")["OpenPasswords"]["Resource"]
 
 
+@pytest.mark.parametrize("mode", ["mac", "public_key"])
+def test_a_key_that_is_not_symmetric_anchors_no_seal(
+    site: Callable[..., None], mode: str
+) -> None:
+    site(MODE=mode, AUDIT_SEAL_KEY=SEALS)
+    assert set(statements("sealing")) == {"SealAudit"}
+    site(AUDIT_CONTEXT_KEY=OLD)
+    assert set(statements("sealing")) == {"SealAudit", "AnchorAudit"}
+
+
 def test_only_a_rotation_manages_keys(site: Callable[..., None]) -> None:
     managing = {"CreateKey", "UpdateAlias", "DisableKey", "ScheduleKeyDeletion"}
     assert managing < actions("rotation")

@@ -46,6 +46,7 @@ Check = Callable[[datetime.datetime, datetime.datetime], Iterable[Found]]
 CHECKS: list[Check] = [*detect.CHECKS, lambda start, end: _sealing()]
 
 OVERDUE = "Sealing of the audit is overdue: the last seal is of {since:%Y-%m-%d %H:%M}."
+NEVER = "Sealing of the audit is overdue: there is no seal, and events since {since:%Y-%m-%d %H:%M}."
 
 SUBJECT = "KMS audit: {kind}"
 MAIL = """\
@@ -135,11 +136,11 @@ def mail() -> int:
 
 
 def _sealing() -> Iterator[Found]:
-    """Return that sealing is overdue; not on a site that has never sealed."""
+    """Return that sealing is overdue; not on a site that does not seal."""
     state = seals.state()
-    if state.last and state.is_overdue:
-        since = state.last.sealed_at
-        yield detect.sealing_overdue(since, OVERDUE.format(since=since))
+    if state.is_overdue and state.since:
+        text = OVERDUE if state.last else NEVER
+        yield detect.sealing_overdue(state.since, text.format(since=state.since))
 
 
 def check(hours: float = 1.0, now: datetime.datetime | None = None) -> list[AuditFinding]:
