@@ -19,7 +19,7 @@ from django.contrib.auth.hashers import check_password, make_password
 from django.contrib.auth.models import Permission, User
 from django.core import mail
 from django.core.management import CommandError, call_command
-from django.db import connection
+from django.db import OperationalError, connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -428,7 +428,7 @@ def test_a_sealer_that_never_ran_is_overdue(configure: Callable[..., None]) -> N
     assert alarms.check() == []
     configure(AUDIT_SEAL_HOURS=24)
     (finding,) = alarms.check()
-    assert finding.kind == Kind.SEALING_OVERDUE and "there is no seal" in finding.subject
+    assert finding.kind == Kind.SEALING_OVERDUE and "no seal" in finding.subject
 
 
 # --- as it happens ------------------------------------------------------------------
@@ -556,6 +556,39 @@ def test_the_command_for_cron(
     assert len(mail.outbox) == 1
     findings.acknowledge(AuditFinding.objects.get(), "rose")
     assert run()[0] == 0
+
+
+def test_the_command_fails_if_a_check_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(start: datetime.datetime, end: datetime.datetime) -> list[Found]:
+        raise LookupError
+
+    monkeypatch.setattr(alarms, "CHECKS", [broken, *alarms.CHECKS])
+    assert run()[0] == 1
+    made(timezone.now(), 10, outcome=signals.INVALID)
+    status, text = run("--json")
+    told = json.loads(text)
+    assert (status, told["ok"], told["failed"], told["open"]) == (1, False, ["broken"], 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "arguments"),
+    [
+        ("check_kms_audit", "kms_hasher.audit.findings.open_findings", ()),
+        ("prune_kms_audit", "kms_hasher.audit.retention.prunable", ("--older-than=9d",)),
+        ("roll_up_kms_audit", "kms_hasher.audit.retention.rebuild", ()),
+    ],
+)
+def test_commands_tell_the_kind_of_a_database_error_alone(
+    monkeypatch: pytest.MonkeyPatch, command: str, function: str, arguments: tuple[str, ...]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OperationalError("rose's row")
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(CommandError, match="OperationalError") as raised:
+        call_command(command, *arguments)
+    assert raised.value.returncode == 1
+    assert "row" not in str(raised.value)
 
 
 # --- the admin ----------------------------------------------------------------------
