@@ -25,7 +25,8 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from kms_hasher import breaker, calls, encoding, history, signals
-from kms_hasher.audit import alarms, detect, findings, recorder, retention, seals
+from kms_hasher.admin import findings as findings_admin
+from kms_hasher.audit import alarms, detect, findings, reconcile, recorder, retention, seals
 from kms_hasher.audit.findings import Found
 from kms_hasher.exceptions import KMSConnectionError
 from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, Key
@@ -652,6 +653,54 @@ def test_nobody_acknowledges_or_changes_without_the_permission(
     assert finding.acknowledged_at is None and finding.subject == "Decrypt by a"
     client.logout()
     assert client.get(LIST).status_code == 302
+
+
+def resolve(client: Client, *chosen: AuditFinding) -> int:
+    pks = [finding.pk for finding in chosen]
+    return client.post(LIST, {"action": "resolve", "_selected_action": pks}).status_code
+
+
+def test_who_may_reconcile_sees_and_resolves_what_comparisons_found(
+    staff: Callable[..., Client],
+) -> None:
+    assert findings_admin.COMPARED == reconcile.KINDS
+    finding, _ = findings.record(a_finding("thief", details={"callers": {"thief": 1}}))
+    other, _ = findings.record(a_finding(kind=Kind.BREAKER, subject="x of nowhere"))
+    AuditEvidence.objects.create(
+        finding=finding, reference="e", time=NOW, operation="Decrypt", sub="ab" * 16
+    )
+    client = staff("reconcile_auditevent")
+    shown = client.get(LIST).content.decode()
+    assert "thief" in shown and "of nowhere" not in shown
+    assert 'value="resolve"' in shown and 'value="acknowledge"' not in shown
+    assert "ab" * 16 in client.get(f"{LIST}{finding.pk}/change/").content.decode()
+    assert client.get(f"{LIST}{other.pk}/change/").status_code == 302  # there is none
+    assert resolve(client, finding, other) == 302
+    for each in (finding, other):
+        each.refresh_from_db()
+    assert finding.resolved_at and not finding.is_open and other.is_open
+    assert LogEntry.objects.get().change_message == "Resolved."
+    again, news = findings.record(a_finding("thief", time=timezone.now() + minutes(1)))
+    assert news and again.is_open
+
+
+def test_nobody_resolves_without_the_permission_or_what_no_comparison_found(
+    staff: Callable[..., Client],
+) -> None:
+    finding, _ = findings.record(a_finding())
+    other, _ = findings.record(a_finding(kind=Kind.BREAKER, subject="x of nowhere"))
+    client = staff("view_auditfinding", "acknowledge_auditfinding")
+    assert 'value="resolve"' not in client.get(LIST).content.decode()
+    resolve(client, finding)
+    assert LogEntry.objects.count() == 0
+    user = User.objects.get()
+    user.user_permissions.add(Permission.objects.get(codename="reconcile_auditevent"))
+    resolve(client, finding, other)
+    for each in (finding, other):
+        each.refresh_from_db()
+    assert not finding.is_open and other.is_open
+    user.user_permissions.set(Permission.objects.filter(codename="view_auditevent"))
+    assert client.get(LIST).status_code == 403
 
 
 # --- the log line, and the recipe ---------------------------------------------------
