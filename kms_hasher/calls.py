@@ -152,9 +152,12 @@ class _Reported:
             with contextlib.suppress(AuditError):
                 self._tell(operation, call.requested, started, error)
             raise
-        self._leave(circuit)
         result = call.result
-        self._tell(operation, result.key_arn, started, None, call.requested, result.request_ids)
+        ids = result.request_ids
+        try:
+            self._tell(operation, result.key_arn, started, None, call.requested, ids)
+        finally:  # a strict audit that fails keeps no breaker open
+            self._leave(circuit)
 
     def _check(self, result: Result, operation: str, requested: str) -> None:
         if isinstance(result, Encrypted | ReEncrypted) and not result.ciphertext:

@@ -20,6 +20,7 @@ System checks: what would make logins fail or leave passwords unsealed, said in 
     W005  the local provider is used, or one for tests (--deploy)
     W006  a password column is too short until a waiting migration is applied (--database)
     W007  Django's ModelBackend tells unknown users from known ones by what they cost
+    W008  the audit cannot be sealed, as KEY is not symmetric
 
 None of them calls KMS or imports AWS's library, and none raises for a setting, whatever
 it holds. `manage.py check --tag kms_hasher --tag database --database default` runs them
@@ -95,6 +96,7 @@ def check_settings(app_configs: Any, **kwargs: Any) -> list[checks.CheckMessage]
         *_region(settings),
         *_public_key(settings),
         *_one_way(settings),
+        *_sealing(settings),
     ]
 
 
@@ -126,6 +128,21 @@ def _one_way(settings: conf.Conf) -> Iterator[checks.CheckMessage]:
         "be moved. Silence this once it is what you want.",
         id="kms_hasher.I001",
     )
+
+
+def _sealing(settings: conf.Conf) -> Iterator[checks.CheckMessage]:
+    from kms_hasher import modes
+    from kms_hasher.modes.base import SYMMETRIC
+
+    if not settings.audit_seal_key or settings.audit_context_key:
+        return
+    if modes.by_name(settings.mode).spec != SYMMETRIC:
+        yield checks.Warning(
+            f"The audit cannot be sealed: in the mode {settings.mode!r} KEY is not symmetric, "
+            "and carries no encryption context.",
+            hint="Let KMS_HASHER['AUDIT_CONTEXT_KEY'] name a symmetric key.",
+            id="kms_hasher.W008",
+        )
 
 
 def _provider(settings: conf.Conf) -> Iterator[checks.CheckMessage]:

@@ -346,7 +346,10 @@ class AuditEvent(models.Model):
         verbose_name = _("event")
         verbose_name_plural = _("events")
         ordering = ["-time", "-pk"]
-        permissions = [("export_auditevent", "Can export events")]
+        permissions = [
+            ("export_auditevent", "Can export events"),
+            ("reconcile_auditevent", "Can see and resolve what comparisons found"),
+        ]
         indexes = [
             models.Index(fields=["time"], name="kms_event_time"),
             models.Index(fields=["key_ref", "time", "outcome"], name="kms_event_key"),

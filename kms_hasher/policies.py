@@ -9,15 +9,15 @@ See https://docs.aws.amazon.com/kms/latest/developerguide/conditions-kms.html.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from django.db.models import Q
-
-from kms_hasher import conf, encoding, history, keyring
+from kms_hasher import columns, conf, encoding, history, keyring, modes
+from kms_hasher.audit.site import key_ref
 from kms_hasher.exceptions import ConfigurationError, MalformedHash
-from kms_hasher.models import Key
+from kms_hasher.models import AliasPeriod, AuditHour, Key
+from kms_hasher.modes.base import SYMMETRIC
 from kms_hasher.providers.base import HMAC_SHA_256, RSAES_OAEP_SHA_256
 
 Statement = dict[str, Any]
@@ -54,7 +54,7 @@ class Site:
 
     `alias` is the ARN of the alias, "" if there is none; `mode` and `context` are those of
     the settings. `mac_keys` are those that MAC_KEY leads to in `mac_in_direct`; `seal_key` and
-    `context_key` anchor the seals of the audit.
+    `context_key` anchor the seals of the audit; either may be "".
     """
 
     keys: tuple[str, ...]
@@ -89,23 +89,21 @@ def site() -> Site:
         home = encoding.ARN.parse(present)
     except MalformedHash:
         raise ConfigurationError(NO_ARN) from None
-    rows = Key.objects.order_by("-last_seen")
-    is_hmac = Q(spec__startswith="HMAC")
-    mac_keys: dict[str, None] = {}
-    if settings.mode == "mac_in_direct":
-        macs = rows.filter(is_hmac).values_list("arn", flat=True)
-        mac_keys = dict.fromkeys([_present(settings.mac_key), *macs])
-    known = rows if settings.mode == "mac" else rows.exclude(is_hmac)
-    elsewhere = {
-        _present(name) if name else ""
-        for name in (settings.audit_seal_key, settings.audit_context_key)
-    }
-    listed = [arn for arn in known.values_list("arn", flat=True) if arn not in elsewhere]
-    keys = dict.fromkeys([present, *listed, *settings.previous_keys])
-    for arn in mac_keys:
-        keys.pop(arn, None)
+    known = Key.objects.order_by("-last_seen")
+    if settings.mode != "mac":
+        known = known.exclude(spec__startswith="HMAC")
+    if settings.audit_context_key:
+        known = known.exclude(arn=_present(settings.audit_context_key))
+    apart = _sealing_refs(settings)
+    mac_keys = tuple(_mac_keys(settings, apart)) if settings.mode == "mac_in_direct" else ()
+    apart.update(map(key_ref, mac_keys))
+    listed = [*known.values_list("arn", flat=True), *settings.previous_keys]
+    keys = dict.fromkeys([present, *(arn for arn in listed if key_ref(arn) not in apart)])
     for key in list(keys):
         keys.update(dict.fromkeys(settings.replicas(key)))
+    # By a key that is not symmetric no seal can be anchored.
+    own = settings.key if modes.by_name(settings.mode).spec == SYMMETRIC else ""
+    context_key = settings.audit_context_key or own
     alias = settings.alias
     if alias and not alias.startswith("arn:"):
         alias = str(home._replace(resource=alias))
@@ -114,15 +112,43 @@ def site() -> Site:
         context["deployment"] = settings.deployment
     return Site(
         keys=tuple(keys),
-        mac_keys=tuple(mac_keys),
+        mac_keys=mac_keys,
         seal_key=_present(settings.audit_seal_key) if settings.audit_seal_key else "",
-        context_key=_present(settings.audit_context_key or settings.key),
+        context_key=_present(context_key) if context_key else "",
         alias=alias,
         mode=settings.mode,
         context=context,
         rewraps=settings.rewrap_on_login,
         has_public_key=bool(settings.public_key),
     )
+
+
+def _behind(name: str) -> list[str]:
+    """Return the ARNs of the keys that a setting has ever led to, the present one first."""
+    periods = AliasPeriod.objects.filter(alias=name).order_by("-since", "-pk")
+    return [_present(name), *periods.values_list("key__arn", flat=True)]
+
+
+def _sealing_refs(settings: conf.Conf) -> set[str]:
+    """
+    Return the refs of all keys that MACs of seals were ever made by: whoever may ask for more
+    of these can forge the audit.
+    """
+    made = AuditHour.objects.filter(purpose="seal", operation="GenerateMac")
+    refs = set(made.exclude(key_ref="").values_list("key_ref", flat=True).distinct().order_by())
+    name = settings.audit_seal_key
+    return refs | (set(map(key_ref, _behind(name))) if name else set())
+
+
+def _mac_keys(settings: conf.Conf, apart: Collection[str]) -> Iterator[str]:
+    """Return the keys behind MAC_KEY, and those that MACs of stored passwords need."""
+    present, *former = _behind(settings.mac_key)
+    counted = [group for column in columns.columns() for group in columns.count(column)]
+    # A forged row may name any key: of keys that KMS has answered with, none that opens others.
+    refs = {group.mac_ref for group in counted} - {group.key_ref for group in counted}
+    needed = Key.objects.filter(ref__in=refs, spec__in=["", "HMAC_256"])
+    former += needed.order_by("-last_seen").values_list("arn", flat=True)
+    yield from dict.fromkeys([present, *(arn for arn in former if key_ref(arn) not in apart)])
 
 
 def _present(name: str) -> str:
@@ -261,12 +287,15 @@ def _rotation(of: Site) -> list[Statement]:
         "RotateKeyOnDemand DisableKey EnableKey"
     )
     statements = [
+        *_seal(of),  # for wrap_passwords, --to-mode and --new-data-keys
         *_rewrap(of),
         _open(of),  # for --verify
         _allow("ManageKeys", [f"kms:{name}" for name in manage.split()], of.keys),
         _allow("MakeKeys", ["kms:CreateKey"], "*"),
         _allow("TagNewKeys", ["kms:TagResource"], [keys]),
     ]
+    if of.mac_keys:
+        statements.append(_allow("DescribeMacKeys", ["kms:DescribeKey"], of.mac_keys))
     if of.alias:
         actions = ["kms:CreateAlias", "kms:UpdateAlias"]
         statements.append(_allow("MoveAlias", actions, [of.alias, *of.keys]))
@@ -285,6 +314,8 @@ def _sealing(of: Site) -> list[Statement]:
     if of.seal_key:
         equal = {"kms:MacAlgorithm": HMAC_SHA_256}
         statements.append(_allow("SealAudit", [MAC], [of.seal_key], {"StringEquals": equal}))
+    if not of.context_key:
+        return statements
     context = {**of.context, "use": ["audit-seal", "audit-pruning"]}
     sealed = {f"kms:EncryptionContext:{name}": value for name, value in context.items()}
     actions = ["kms:Encrypt", "kms:Decrypt"]  # it checks the seal that it goes on from

@@ -880,6 +880,16 @@ def test_dates_of_a_few_days_and_of_many_months(admin: Client) -> None:
     assert "?outcome=success&amp;time__month=3&amp;time__year=2026" in html
 
 
+def test_one_event_of_a_clock_that_was_wrong_makes_no_list_of_days(admin: Client) -> None:
+    make_event(time=datetime.datetime(1970, 1, 2, tzinfo=datetime.timezone.utc))
+    make_event(time=datetime.datetime(2026, 3, 3, tzinfo=datetime.timezone.utc))
+    assert choices(admin)[1] == [str(year) for year in range(1970, 2027)]
+    assert choices(admin, "?time__year=1980")[1][:2] == ["January 1980", "February 1980"]
+    assert choices(admin, "?time__year=2026")[1][-1] == "March 2026"
+    assert len(choices(admin, "?time__year=1980&time__month=2")[1]) == 29
+    assert choices(admin, "?time__year=2030") == ("All dates", [])
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -892,6 +902,14 @@ def test_dates_of_a_few_days_and_of_many_months(admin: Client) -> None:
         "time__month=1&time__day=40",
         "time__year=2028&time__month=2&time__day=29",
         "after=1-1&time__day=3",
+        "time__year=9999",
+        "time__year=1",
+        "time__year=9999&time__month=12&time__day=31",
+        "time__gte=9999-12-31T23:59:59-05:00",
+        "time__lt=0001-01-01T00:00:00%2B05:00",
+        "time__year=10000",
+        "time__year=99999999999999999999",
+        "time__year=2026&time__month=-99999999999999999999",
     ],
 )
 def test_nonsense_in_the_address(query: str, admin: Client) -> None:

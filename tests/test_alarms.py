@@ -19,13 +19,14 @@ from django.contrib.auth.hashers import check_password, make_password
 from django.contrib.auth.models import Permission, User
 from django.core import mail
 from django.core.management import CommandError, call_command
-from django.db import connection
+from django.db import OperationalError, connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from kms_hasher import breaker, calls, encoding, history, signals
-from kms_hasher.audit import alarms, detect, findings, recorder, retention, seals
+from kms_hasher.admin import findings as findings_admin
+from kms_hasher.audit import alarms, detect, findings, reconcile, recorder, retention, seals
 from kms_hasher.audit.findings import Found
 from kms_hasher.exceptions import KMSConnectionError
 from kms_hasher.models import AuditEvent, AuditEvidence, AuditFinding, Key
@@ -309,10 +310,36 @@ def test_which_keys_are_retired(changes: dict[str, Any], retired: bool) -> None:
     assert detect.retired_keys() == ([key] if retired else [])
 
 
-def test_keys_in_the_settings_are_not_retired(configure: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"PREVIOUS_KEYS": [ARN]},
+        {"MAC_KEY": ARN, "MODE": "mac_in_direct"},
+        {"AUDIT_SEAL_KEY": ARN.rpartition("/")[2]},
+        {"AUDIT_CONTEXT_KEY": ARN},
+    ],
+)
+def test_keys_in_the_settings_are_not_retired(
+    configure: Callable[..., None], changes: dict[str, Any]
+) -> None:
     left_key()
-    configure(PREVIOUS_KEYS=[ARN])
+    configure(**changes)
     assert detect.retired_keys() == []
+
+
+def test_seals_by_a_key_that_was_left_are_no_use_of_it() -> None:
+    left_key()
+    made(NOW - minutes(10), operation="GenerateMac", purpose="seal")
+    made(NOW - minutes(10), operation="Encrypt", purpose="seal")
+    made(NOW - minutes(10), operation="GenerateMac", purpose="verify")
+    assert alarms.check(6, now=NOW) == []
+    seal = event(time=NOW, operation="GenerateMac", purpose="seal")
+    checked = event(time=NOW, purpose="verify")
+    opened = event(time=NOW, purpose="verify", sub="0a")
+    assert list(detect.in_events([seal, checked])) == []
+    assert [each.kind for each in detect.in_events([opened])] == [Kind.RETIRED_KEY]
+    made(NOW - minutes(10), purpose="verify", sub="0a")
+    assert [each.kind for each in alarms.check(6, now=NOW)] == [Kind.RETIRED_KEY]
 
 
 def test_a_rate_above_the_bound_that_is_set(configure: Callable[..., None]) -> None:
@@ -324,7 +351,7 @@ def test_a_rate_above_the_bound_that_is_set(configure: Callable[..., None]) -> N
     made(NOW - minutes(10), 1)
     (finding,) = alarms.check(now=NOW)
     assert (finding.kind, finding.count) == (Kind.RATE, 21)
-    assert finding.subject == "21 Decrypts within one minute, above the bound of 20."
+    assert finding.subject == "21 Decrypts or MACs within one minute, above the bound of 20."
 
 
 def test_a_rate_far_above_that_of_the_week_before() -> None:
@@ -333,8 +360,30 @@ def test_a_rate_far_above_that_of_the_week_before() -> None:
     for hour in range(3, 33):
         made(NOW - hours(hour), 50)
     (finding,) = alarms.check(now=NOW + minutes(5))
-    assert finding.subject == "400 Decrypts within one hour, above the bound of 150."
-    assert detect.decrypts(NOW - hours(3), NOW, detect.HOUR)[NOW.replace(minute=0)] == 400
+    assert finding.subject == "400 Decrypts or MACs within one hour, above the bound of 150."
+    assert detect.checked(NOW - hours(3), NOW, detect.HOUR)[NOW.replace(minute=0)] == 400
+
+
+@pytest.mark.parametrize("purpose", ["verify", "unwrap", "rotate", "wrap"])
+def test_runs_are_no_rate(configure: Callable[..., None], purpose: str) -> None:
+    made(NOW - minutes(10), 200, purpose=purpose)
+    assert not detect.checked(NOW - hours(1), NOW, detect.HOUR)
+    configure(AUDIT_RATE_BOUND=20)
+    assert alarms.check(now=NOW) == []
+
+
+@pytest.mark.parametrize("bound", [0, 20])
+def test_macs_count_as_decrypts_do(configure: Callable[..., None], bound: int) -> None:
+    configure(AUDIT_RATE_BOUND=bound)
+    for hour in range(3, 33):
+        made(NOW - hours(hour), 50, operation="GenerateMac")
+    for purpose in ("set", "seal"):
+        made(NOW, 400, operation="GenerateMac", purpose=purpose)
+    assert alarms.check(now=NOW + minutes(5)) == []
+    made(NOW, 400, operation="GenerateMac")
+    made(NOW, 400)  # of the same logins, where a MAC is sealed
+    (finding,) = alarms.check(now=NOW + minutes(5))
+    assert (finding.kind, finding.count) == (Kind.RATE, 400)
 
 
 def test_a_quiet_site_has_no_rate_to_speak_of() -> None:
@@ -369,6 +418,18 @@ def test_sealing_that_is_overdue(kms: Provider, monkeypatch: pytest.MonkeyPatch)
         (finding,) = alarms.check()
     assert finding.kind == Kind.SEALING_OVERDUE
     assert finding.subject.startswith("Sealing of the audit is overdue")
+
+
+def test_a_sealer_that_never_ran_is_overdue(configure: Callable[..., None]) -> None:
+    made(timezone.now() - hours(25), operation="Encrypt")
+    assert alarms.check() == []  # a site that does not seal
+    configure(AUDIT_SEAL_KEY="alias/seals", AUDIT_SEAL_HOURS=0)
+    assert alarms.check() == []
+    configure(AUDIT_SEAL_HOURS=26)
+    assert alarms.check() == []
+    configure(AUDIT_SEAL_HOURS=24)
+    (finding,) = alarms.check()
+    assert finding.kind == Kind.SEALING_OVERDUE and "no seal" in finding.subject
 
 
 # --- as it happens ------------------------------------------------------------------
@@ -498,6 +559,39 @@ def test_the_command_for_cron(
     assert run()[0] == 0
 
 
+def test_the_command_fails_if_a_check_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(start: datetime.datetime, end: datetime.datetime) -> list[Found]:
+        raise LookupError
+
+    monkeypatch.setattr(alarms, "CHECKS", [broken, *alarms.CHECKS])
+    assert run()[0] == 1
+    made(timezone.now(), 10, outcome=signals.INVALID)
+    status, text = run("--json")
+    told = json.loads(text)
+    assert (status, told["ok"], told["failed"], told["open"]) == (1, False, ["broken"], 1)
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "arguments"),
+    [
+        ("check_kms_audit", "kms_hasher.audit.findings.open_findings", ()),
+        ("prune_kms_audit", "kms_hasher.audit.retention.prunable", ("--older-than=9d",)),
+        ("roll_up_kms_audit", "kms_hasher.audit.retention.rebuild", ()),
+    ],
+)
+def test_commands_tell_the_kind_of_a_database_error_alone(
+    monkeypatch: pytest.MonkeyPatch, command: str, function: str, arguments: tuple[str, ...]
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OperationalError("rose's row")
+
+    monkeypatch.setattr(function, fail)
+    with pytest.raises(CommandError, match="OperationalError") as raised:
+        call_command(command, *arguments)
+    assert raised.value.returncode == 1
+    assert "row" not in str(raised.value)
+
+
 # --- the admin ----------------------------------------------------------------------
 
 
@@ -559,6 +653,54 @@ def test_nobody_acknowledges_or_changes_without_the_permission(
     assert finding.acknowledged_at is None and finding.subject == "Decrypt by a"
     client.logout()
     assert client.get(LIST).status_code == 302
+
+
+def resolve(client: Client, *chosen: AuditFinding) -> int:
+    pks = [finding.pk for finding in chosen]
+    return client.post(LIST, {"action": "resolve", "_selected_action": pks}).status_code
+
+
+def test_who_may_reconcile_sees_and_resolves_what_comparisons_found(
+    staff: Callable[..., Client],
+) -> None:
+    assert findings_admin.COMPARED == reconcile.KINDS
+    finding, _ = findings.record(a_finding("thief", details={"callers": {"thief": 1}}))
+    other, _ = findings.record(a_finding(kind=Kind.BREAKER, subject="x of nowhere"))
+    AuditEvidence.objects.create(
+        finding=finding, reference="e", time=NOW, operation="Decrypt", sub="ab" * 16
+    )
+    client = staff("reconcile_auditevent")
+    shown = client.get(LIST).content.decode()
+    assert "thief" in shown and "of nowhere" not in shown
+    assert 'value="resolve"' in shown and 'value="acknowledge"' not in shown
+    assert "ab" * 16 in client.get(f"{LIST}{finding.pk}/change/").content.decode()
+    assert client.get(f"{LIST}{other.pk}/change/").status_code == 302  # there is none
+    assert resolve(client, finding, other) == 302
+    for each in (finding, other):
+        each.refresh_from_db()
+    assert finding.resolved_at and not finding.is_open and other.is_open
+    assert LogEntry.objects.get().change_message == "Resolved."
+    again, news = findings.record(a_finding("thief", time=timezone.now() + minutes(1)))
+    assert news and again.is_open
+
+
+def test_nobody_resolves_without_the_permission_or_what_no_comparison_found(
+    staff: Callable[..., Client],
+) -> None:
+    finding, _ = findings.record(a_finding())
+    other, _ = findings.record(a_finding(kind=Kind.BREAKER, subject="x of nowhere"))
+    client = staff("view_auditfinding", "acknowledge_auditfinding")
+    assert 'value="resolve"' not in client.get(LIST).content.decode()
+    resolve(client, finding)
+    assert LogEntry.objects.count() == 0
+    user = User.objects.get()
+    user.user_permissions.add(Permission.objects.get(codename="reconcile_auditevent"))
+    resolve(client, finding, other)
+    for each in (finding, other):
+        each.refresh_from_db()
+    assert not finding.is_open and other.is_open
+    user.user_permissions.set(Permission.objects.filter(codename="view_auditevent"))
+    assert client.get(LIST).status_code == 403
 
 
 # --- the log line, and the recipe ---------------------------------------------------

@@ -414,3 +414,17 @@ def test_e011_what_is_no_public_key(pem: str, settings: Any) -> None:
     configure(settings, MODE="public_key", KEY=arn, PUBLIC_KEY=pem)
     found = [message.id for message in checks.check_settings(None)]
     assert ("kms_hasher.E011" in found) == bool(pem)
+
+
+@pytest.mark.parametrize("mode", ["mac", "public_key", "mac_in_direct", "direct", "envelope"])
+def test_w008_an_audit_that_cannot_be_sealed(mode: str, settings: Any) -> None:
+    def found() -> list[str]:
+        ids = (str(message.id) for message in checks.check_settings(None))
+        return [id for id in ids if id.endswith("W008")]
+
+    configure(settings, MODE=mode, MAC_KEY="alias/mac")
+    assert found() == []  # it may be a site that does not seal
+    configure(settings, AUDIT_SEAL_KEY="alias/seals")
+    assert len(found()) == (mode in ("mac", "public_key"))
+    configure(settings, AUDIT_CONTEXT_KEY="alias/contexts")
+    assert found() == []

@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.hashers import make_password
+from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from django.utils import timezone
 
 from kms_hasher import history, policies
+from kms_hasher.audit import store
 from kms_hasher.audit.site import USES
 from kms_hasher.encoding import ARN as Arn
+from kms_hasher.encoding import key_ref
 from kms_hasher.exceptions import ConfigurationError
 from kms_hasher.providers.base import OPERATIONS
+from kms_hasher.signals import SUCCESS, Event
 
 REGION, ACCOUNT = "eu-central-1", "111122223333"
 ARN = f"arn:aws:kms:{REGION}:{ACCOUNT}:key/1234abcd-12ab-34cd-56ef-1234567890ab"
@@ -149,6 +153,8 @@ def test_no_role_has_more_than_it_needs(site: Callable[..., None], role: str) ->
 
 MAC = ARN.replace("1234abcd", "3234abcd")
 SEALS = ARN.replace("1234abcd", "4234abcd")
+NOW_SEALS = ARN.replace("1234abcd", "5234abcd")
+OTHER_MAC = ARN.replace("1234abcd", "8234abcd")
 
 
 def test_the_uses_of_each_mode(site: Callable[..., None]) -> None:
@@ -188,6 +194,82 @@ def test_sealing_by_keys_of_its_own(site: Callable[..., None]) -> None:
         "audit-pruning",
     ]
     assert SEALS not in statements("web")["OpenPasswords"]["Resource"]
+
+
+def resources(role: str) -> set[str]:
+    found = [each["Resource"] for each in statements(role).values() if each["Resource"] != "*"]
+    return {arn for each in found for arn in each}
+
+
+@pytest.mark.parametrize("changes", [{}, {"PREVIOUS_KEYS": [SEALS]}])
+@pytest.mark.parametrize("mode", ["direct", "mac", "mac_in_direct"])
+def test_no_key_that_ever_sealed_the_audit_is_anybody_elses(
+    site: Callable[..., None], mode: str, changes: dict[str, Any]
+) -> None:
+    now = timezone.now()
+    for arn in (SEALS, NOW_SEALS):
+        key = history.record_key(arn, now)
+        history.record_alias("alias/seals", key, now, moved=True)
+    site(MODE=mode, MAC_KEY=MAC, AUDIT_SEAL_KEY="alias/seals", AUDIT_CONTEXT_KEY=OLD, **changes)
+    for role in ("web", "sign-up", "rotation"):
+        assert not resources(role) & {SEALS, NOW_SEALS}
+    assert statements("sealing")["SealAudit"]["Resource"] == [NOW_SEALS]
+
+
+def test_a_key_that_sealed_the_audit_by_its_arn_is_told_by_the_events(
+    site: Callable[..., None],
+) -> None:
+    now = timezone.now()
+    sealed = Event(now, "GenerateMac", "seal", SUCCESS, requested_key=SEALS, key=SEALS)
+    store.write([sealed])
+    site(MODE="mac", AUDIT_SEAL_KEY=NOW_SEALS, PREVIOUS_KEYS=[SEALS])
+    assert SEALS not in resources("web")
+
+
+def test_former_keys_of_macs(site: Callable[..., None]) -> None:
+    now = timezone.now()
+    needed, forged = (MAC.replace("3234abcd", f"{digit}234abcd") for digit in (6, 7))
+    for arn in (OTHER_MAC, MAC):
+        history.record_alias("alias/macs", history.record_key(arn, now), now, moved=True)
+    history.record_key(needed, now)
+    history.record_key(SEALS, now)
+    for arn in (needed, forged, SEALS, OLD):
+        refs = f"{key_ref(ARN)}.{key_ref(arn)}"
+        User.objects.create(username=arn, password=f"kms_argon2$n1${refs}$v$0")
+    User.objects.create(username="old", password=f"kms_argon2$d1${key_ref(OLD)}$v$0")
+    site(MODE="mac_in_direct", MAC_KEY="alias/macs", AUDIT_SEAL_KEY=SEALS)
+    assert set(policies.site().mac_keys) == {MAC, OTHER_MAC, needed}
+    assert policies.site().mac_keys[0] == MAC
+    assert set(policies.site().keys) == {ARN, OLD}
+    assert statements("rotation")["DescribeMacKeys"]["Resource"][0] == MAC
+
+
+@pytest.mark.parametrize(
+    ("mode", "action"),
+    [
+        ("direct", "kms:Encrypt"),
+        ("envelope", "kms:GenerateDataKey"),
+        ("mac", "kms:GenerateMac"),
+        ("public_key", "kms:GetPublicKey"),
+        ("mac_in_direct", "kms:Encrypt"),
+    ],
+)
+def test_a_rotation_seals_as_well(site: Callable[..., None], mode: str, action: str) -> None:
+    site(MODE=mode, MAC_KEY=MAC)
+    found, web = statements("rotation"), statements("web")
+    assert found["SealPasswords"] == web["SealPasswords"]
+    assert found["SealPasswords"]["Action"] == [action]
+    assert ("MakeMacs" in found) == (mode == "mac_in_direct")
+
+
+@pytest.mark.parametrize("mode", ["mac", "public_key"])
+def test_a_key_that_is_not_symmetric_anchors_no_seal(
+    site: Callable[..., None], mode: str
+) -> None:
+    site(MODE=mode, AUDIT_SEAL_KEY=SEALS)
+    assert set(statements("sealing")) == {"SealAudit"}
+    site(AUDIT_CONTEXT_KEY=OLD)
+    assert set(statements("sealing")) == {"SealAudit", "AnchorAudit"}
 
 
 def test_only_a_rotation_manages_keys(site: Callable[..., None]) -> None:

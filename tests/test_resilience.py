@@ -903,6 +903,16 @@ class TestOverlap:
                 keyring.open_beside(stored, bool)
         assert unrecorded == ["Decrypt"] * breaker.FAILURES + [signals.CIRCUIT_BREAKER]
 
+    def test_a_call_that_closes_the_breaker_is_told_though_the_audit_fails(
+        self, stored: SealedHash, decrypt: Calls, unrecorded: list[str]
+    ) -> None:
+        circuit = breaker.of("")
+        circuit.failures = breaker.FAILURES
+        with pytest.raises(exceptions.AuditError):
+            keyring.open(stored)
+        assert unrecorded == ["Decrypt", signals.CIRCUIT_BREAKER]
+        assert not circuit.is_open
+
 
 class TestBackground:
     @pytest.fixture(autouse=True)

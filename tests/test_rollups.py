@@ -230,6 +230,27 @@ def test_merging_leaves_one_row_and_the_same_figures(monkeypatch: pytest.MonkeyP
     assert rollups.totals(NOON, NOON + HOUR).count == before.count + 1
 
 
+def test_a_row_that_comes_in_while_others_are_merged_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spread(monkeypatch)
+    before = rollups.totals(NOON, NOON + HOUR).count
+    late: list[str] = []
+
+    def write_late(execute: Any, sql: str, *args: Any) -> Any:
+        if sql.startswith("DELETE") and not late:
+            late.append(sql)
+            row = (NOON, REF, "Decrypt", "login", "success", 0, 9)
+            store.add({row: 1}, "default")
+        return execute(sql, *args)
+
+    with connection.execute_wrapper(write_late):
+        retention.merge(NOON + 2 * HOUR)
+    assert late and rollups.totals(NOON, NOON + HOUR).count == before + 1
+    retention.merge(NOON + 2 * HOUR)
+    assert rollups.totals(NOON, NOON + HOUR).count == before + 1
+
+
 def test_events_from_before_there_were_rollups_are_counted_once() -> None:
     write(NOON, NOON, NOON + HOUR, NOON + 3 * HOUR, latency=0.02)
     expected = rollups.series_by("key_ref", NOON, NOON + 4 * HOUR)

@@ -7,11 +7,13 @@ is read from there along an index. The dates to choose from take no scan to find
 
 from __future__ import annotations
 
+import calendar
 import datetime
 import re
 from typing import Any, NamedTuple, cast
 
 from django.conf import settings
+from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.views.main import ChangeList
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest
@@ -29,6 +31,9 @@ BEFORE, AFTER = "before", "after"
 
 #: The user whose events they are said to be: the parameter is left out of all links.
 OF = "of"
+
+#: So many months are offered to choose from; of more, the years.
+MONTHS = 36
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 
@@ -66,6 +71,7 @@ class EventList(ChangeList):
     owner: user_events.Owner | None = None
 
     def get_queryset(self, request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        self._check_dates()
         # No link shall take a position along to where it means nothing.
         before, after, of = (self.params.pop(name, "") for name in _OWN)
         for name in _OWN:
@@ -75,6 +81,17 @@ class EventList(ChangeList):
             site = self.model_admin.admin_site
             self.owner = user_events.owner(site, request, of, self.query)
         return super().get_queryset(request, *args, **kwargs)
+
+    def _check_dates(self) -> None:
+        """Refuse what is a date, or looks like one, and makes Python overflow."""
+        for name in (*_PARAMETERS, *_SPAN):
+            value = self.params.get(name, "")
+            match = re.match(r"\s*[-+]?(\d+)", value)
+            number = int(match[1][:5]) if match else 0
+            # The ends of the first and of the last year there are in no other time zone.
+            ends = (datetime.MINYEAR, datetime.MAXYEAR) if name in _WITH_YEAR else ()
+            if number > datetime.MAXYEAR or number in ends:
+                raise IncorrectLookupParameters(value)
 
     def get_results(self, request: HttpRequest) -> None:
         queryset = cast("QuerySet[AuditEvent]", self.queryset)
@@ -163,37 +180,46 @@ class EventList(ChangeList):
     def dates(self) -> dict[str, Any]:
         """What Django's date_hierarchy.html needs: the days of a month, or the months."""
         year, month, day = (self.params.get(name) for name in _PARAMETERS)
-        days = self._days()
         if year and month and day:
             date = datetime.date(int(year), int(month), int(day))
             back = {"link": self._link(year=year, month=month), "title": _month(date)}
             return {"back": back, "choices": [{"title": _day(date)}]}
-        if year and month:
-            days = [date for date in days if (date.year, date.month) == (int(year), int(month))]
-        months = sorted({(date.year, date.month): date for date in days}.items())
-        if len(days) <= 31:
-            choices = [
+        ends = self._days(int(year) if year else 0, int(month) if year and month else 0)
+        back = {"link": self._link(), "title": gettext("All dates")}
+        return {"back": back if year else None, "choices": self._choices(*ends) if ends else []}
+
+    def _choices(self, first: datetime.date, last: datetime.date) -> list[dict[str, str]]:
+        """Return the days, months or years of a time, whether or not they hold any event."""
+        number_of_days = (last - first).days + 1
+        if number_of_days <= 31:
+            days = (first + datetime.timedelta(days=number) for number in range(number_of_days))
+            return [
                 {"link": self._link(year=d.year, month=d.month, day=d.day), "title": _day(d)}
                 for d in days
             ]
-        else:
-            choices = [
+        begin, end = (12 * date.year + date.month - 1 for date in (first, last))
+        if end - begin < MONTHS:
+            months = (datetime.date(n // 12, n % 12 + 1, 1) for n in range(begin, end + 1))
+            return [
                 {"link": self._link(year=d.year, month=d.month), "title": _month(d)}
-                for _year_and_month, d in months
+                for d in months
             ]
-        back = {"link": self._link(), "title": gettext("All dates")}
-        return {"back": back if year else None, "choices": choices}
+        years = range(first.year, last.year + 1)
+        return [{"link": self._link(year=year), "title": str(year)} for year in years]
 
-    def _days(self) -> list[datetime.date]:
-        """Return all days from the first event to the last, whether or not they hold any."""
+    def _days(self, year: int, month: int) -> tuple[datetime.date, datetime.date] | None:
+        """Return the days of the first and the last event, as far as they are in the period."""
         if not (self.first and self.last):
-            return []
+            return None
         first, last = (
             (timezone.localtime(at) if timezone.is_aware(at) else at).date()
             for at in (self.first.time, self.last.time)
         )
-        number_of_days = (last - first).days + 1
-        return [first + datetime.timedelta(days=number) for number in range(number_of_days)]
+        if year:
+            begin = datetime.date(year, month or 1, 1)
+            end = datetime.date(year, month or 12, calendar.monthrange(year, month or 12)[1])
+            first, last = max(first, begin), min(last, end)
+        return (first, last) if first <= last else None
 
     def _link(self, **parts: Any) -> str:
         filters = {f"time__{name}": value for name, value in parts.items()}
@@ -202,6 +228,7 @@ class EventList(ChangeList):
 
 _OWN = (BEFORE, AFTER, OF)
 _SPAN = ("time__gte", "time__lt")
+_WITH_YEAR = (*_SPAN, "time__year")
 _PARAMETERS = ("time__year", "time__month", "time__day")
 
 

@@ -1,4 +1,9 @@
-"""Findings: read, and acknowledged by those who may."""
+"""
+Findings: read, and acknowledged or resolved by those who may.
+
+Who may view findings sees all of them; who may reconcile sees those of comparisons with
+CloudTrail, and resolves them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.admin.options import get_content_type_for_model
 from django.db.models import QuerySet
 from django.http import HttpRequest
+from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext, ngettext
@@ -19,6 +25,13 @@ from kms_hasher.admin.base import NONE, ON_PAGE, ReadOnlyAdmin, number, time
 from kms_hasher.admin.events import events_url
 from kms_hasher.audit import findings
 from kms_hasher.models import AuditEvidence, AuditFinding
+
+Kind = AuditFinding.Kind
+
+#: What `reconcile_kms_audit` finds.
+COMPARED = (Kind.UNKNOWN_CALL, Kind.UNKNOWN_CHANGE, Kind.NOT_IN_TRAIL)
+
+RECONCILE = "kms_hasher.reconcile_auditevent"
 
 
 class StateFilter(admin.SimpleListFilter):
@@ -49,7 +62,7 @@ class AuditFindingAdmin(ReadOnlyAdmin):
     list_select_related = ()
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER
-    actions = ("acknowledge",)
+    actions = ("acknowledge", "resolve")
     fields = (
         "subject",
         "kind",
@@ -69,10 +82,54 @@ class AuditFindingAdmin(ReadOnlyAdmin):
         """Return whether the user may acknowledge findings: Django asks for the action."""
         return bool(request.user.has_perm("kms_hasher.acknowledge_auditfinding"))
 
+    def has_reconcile_permission(self, request: HttpRequest) -> bool:
+        """Return whether the user may see and resolve what comparisons found."""
+        return bool(request.user.has_perm(RECONCILE))
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        if super().has_view_permission(request, obj):
+            return True
+        may = self.has_reconcile_permission(request)
+        return may and (obj is None or obj.kind in COMPARED)
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[AuditFinding]:
+        found: QuerySet[AuditFinding] = super().get_queryset(request)
+        return (
+            found if super().has_view_permission(request) else found.filter(kind__in=COMPARED)
+        )
+
     @admin.action(description=_("Acknowledge the findings chosen"), permissions=["acknowledge"])
     def acknowledge(self, request: HttpRequest, queryset: QuerySet[AuditFinding]) -> None:
         name = request.user.get_username()
         done = [each for each in queryset if findings.acknowledge(each, name)]
+        text = ngettext(
+            "%(number)s finding was acknowledged.",
+            "%(number)s findings were acknowledged.",
+            len(done),
+        )
+        self._note(request, done, gettext("Acknowledged."), text)
+
+    @admin.action(
+        description=_("Resolve the findings of comparisons chosen"), permissions=["reconcile"]
+    )
+    def resolve(self, request: HttpRequest, queryset: QuerySet[AuditFinding]) -> None:
+        """Close what somebody has explained; it is opened again by what is found later."""
+        compared = AuditFinding.objects.filter(kind__in=COMPARED, resolved_at=None)
+        now = timezone.now()
+        done = [
+            each for each in queryset if compared.filter(pk=each.pk).update(resolved_at=now)
+        ]
+        text = ngettext(
+            "%(number)s finding was resolved.",
+            "%(number)s findings were resolved.",
+            len(done),
+        )
+        self._note(request, done, gettext("Resolved."), text)
+
+    def _note(
+        self, request: HttpRequest, done: list[AuditFinding], what: str, text: str
+    ) -> None:
+        """Keep who has done it in the history of each finding, and tell how many there were."""
         for finding in done:
             LogEntry.objects.create(
                 user_id=str(request.user.pk),
@@ -80,13 +137,8 @@ class AuditFindingAdmin(ReadOnlyAdmin):
                 object_id=str(finding.pk),
                 object_repr=str(finding)[:200],
                 action_flag=CHANGE,
-                change_message=gettext("Acknowledged."),
+                change_message=what,
             )
-        text = ngettext(
-            "%(number)s finding was acknowledged.",
-            "%(number)s findings were acknowledged.",
-            len(done),
-        )
         self.message_user(request, text % {"number": len(done)}, messages.SUCCESS)
 
     @admin.display(description=_("count"), ordering="count")

@@ -41,11 +41,8 @@ ASK_AGAIN = 600.0
 #: Mails that go at a time; the rest go at the next.
 MAILS = 20
 
-#: What `check` asks, each with the start and the end of the time to look at.
-Check = Callable[[datetime.datetime, datetime.datetime], Iterable[Found]]
-CHECKS: list[Check] = [*detect.CHECKS, lambda start, end: _sealing()]
-
 OVERDUE = "Sealing of the audit is overdue: the last seal is of {since:%Y-%m-%d %H:%M}."
+NEVER = "Sealing of the audit is overdue: no seal, and events since {since:%Y-%m-%d %H:%M}."
 
 SUBJECT = "KMS audit: {kind}"
 MAIL = """\
@@ -134,30 +131,44 @@ def mail() -> int:
     return sent
 
 
-def _sealing() -> Iterator[Found]:
-    """Return that sealing is overdue; not on a site that has never sealed."""
+def sealing(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]:
+    """Return that sealing is overdue; not on a site that does not seal."""
+    del start, end
     state = seals.state()
-    if state.last and state.is_overdue:
-        since = state.last.sealed_at
-        yield detect.sealing_overdue(since, OVERDUE.format(since=since))
+    if state.is_overdue and state.since:
+        text = OVERDUE if state.last else NEVER
+        yield detect.sealing_overdue(state.since, text.format(since=state.since))
+
+
+#: What `check` asks, each with the start and the end of the time to look at.
+Check = Callable[[datetime.datetime, datetime.datetime], Iterable[Found]]
+CHECKS: list[Check] = [*detect.CHECKS, sealing]
 
 
 def check(hours: float = 1.0, now: datetime.datetime | None = None) -> list[AuditFinding]:
+    """Look at the events of the last hours with all `CHECKS`, and return what was found."""
+    return run_checks(hours, now)[0]
+
+
+def run_checks(
+    hours: float = 1.0, now: datetime.datetime | None = None
+) -> tuple[list[AuditFinding], list[str]]:
     """
-    Look at the events of the last hours with all `CHECKS`, and return what was found.
+    Do the same, and return the names of the checks that failed as well.
 
     A check that fails is logged, and the others go on.
     """
     end = now or timezone.now()
     start = end - datetime.timedelta(hours=hours)
-    rows = []
+    rows, failed = list[AuditFinding](), list[str]()
     for each in CHECKS:
         try:
             rows += found(each(start, end))
         except Exception as error:  # noqa: BLE001
             name = getattr(each, "__name__", str(each))
+            failed.append(name)
             logger.error("The check %s of the audit failed (%s)", name, type(error).__name__)
-    return rows
+    return rows, failed
 
 
 # --- as it happens ------------------------------------------------------------------
@@ -206,6 +217,8 @@ def _tells(event: Event) -> bool:
             return True
         return False
     if event.outcome != signals.SUCCESS or event.operation not in site.USES:
+        return False
+    if detect.anchors(event):
         return False
     names = {event.key, event.requested_key}
     new = [name for name in names if now - _asked.get(name, -ASK_AGAIN) >= ASK_AGAIN]

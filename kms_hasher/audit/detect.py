@@ -18,7 +18,7 @@ from django.db.models.functions import TruncMinute
 from kms_hasher import conf, signals
 from kms_hasher.audit import rollups
 from kms_hasher.audit.findings import Found, Kind, Severity
-from kms_hasher.audit.site import USES, key_ref
+from kms_hasher.audit.site import USES, key_ref, named_keys
 from kms_hasher.models import AliasPeriod, AuditEvent, Key
 from kms_hasher.signals import Event
 
@@ -28,18 +28,24 @@ BURST, BURST_SECONDS = 10, 60.0
 #: The bound on Decrypts is so many times what the busiest hours of the time before had.
 FACTOR = 3
 
-#: Decrypts an hour below which nothing is out of the ordinary.
+#: Calls an hour below which nothing is out of the ordinary.
 LEAST = 100
 
-#: How long the time before is, and how many hours with Decrypts it must have.
+#: How long the time before is, and how many hours with such calls it must have.
 LEARNED = datetime.timedelta(days=7)
 LEARNED_HOURS = 24
 
 #: What opens passwords by the thousand, and is told of as a run.
-RUNS = ("verify", "unwrap")
+RUNS = ("verify", "unwrap", "rotate", "wrap")
+
+#: The calls that a password is checked by, and the purposes for which they do not count.
+CHECKING = {"Decrypt": RUNS, "GenerateMac": (*RUNS, "set", "seal")}
 
 #: How long after the count a login may still open what it had read before.
 GRACE = datetime.timedelta(minutes=15)
+
+#: Calls that make and check the anchors of seals: of these no stored password tells.
+ANCHORING = Q(purpose="seal") | Q(purpose="verify", sub="")
 
 #: States of a key that nobody should use any more.
 LEFT = ("Disabled", "PendingDeletion")
@@ -47,7 +53,7 @@ LEFT = ("Disabled", "PendingDeletion")
 BREAKER = "The circuit breaker of Region {region!r} opened: KMS could not answer."
 TAMPERED = "{number} or more values within a minute were not what they claimed to be."
 RETIRED = "The key {arn} was used, which is no alias's and which no stored password needs."
-RATE = "{number:,} Decrypts within one {unit}, above the bound of {bound:,}."
+RATE = "{number:,} Decrypts or MACs within one {unit}, above the bound of {bound:,}."
 
 HOUR, MINUTE = "hour", "minute"
 
@@ -78,21 +84,21 @@ def retired(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]
     for key in retired_keys():
         since = max(start, _free_from(key) or start)
         used = _events(since, end, key_ref=key.ref, outcome=signals.SUCCESS)
-        used = used.filter(operation__in=USES)
+        used = used.filter(operation__in=USES).exclude(ANCHORING)
         sums = used.aggregate(number=Count("pk"), first=Min("time"), last=Max("time"))
         if sums["number"]:
             yield _retired(key, sums["first"], sums["last"])
 
 
 def rate(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]:
-    """Return times with more Decrypts than the bound that is set, or was learned."""
+    """Return times with more passwords checked than the bound that is set, or was learned."""
     bound = conf.get().audit_rate_bound
     if bound:
-        for minute, number in decrypts(start, end, MINUTE).items():
+        for minute, number in checked(start, end, MINUTE).items():
             if number > bound:
                 yield _rate(minute, number, bound, MINUTE)
         return
-    counted = decrypts(start - LEARNED, end, HOUR)
+    counted = checked(start - LEARNED, end, HOUR)
     first = start.replace(minute=0, second=0, microsecond=0)
     before = [number for hour, number in counted.items() if hour < first]
     if len(before) < LEARNED_HOURS:
@@ -105,23 +111,36 @@ def rate(start: datetime.datetime, end: datetime.datetime) -> Iterator[Found]:
             yield _rate(hour, number, bound, HOUR)
 
 
-def decrypts(
+def checked(
     start: datetime.datetime, end: datetime.datetime, unit: str
 ) -> Counter[datetime.datetime]:
     """
-    Return how many Decrypts there were in each hour or minute of a time.
+    Return how many Decrypts, or MACs where those are more, there were in each hour or minute.
 
-    Those of runs are left out.
+    A password takes one of either, or one of each. Those of runs are left out.
     """
-    if unit == HOUR:
-        hours = rollups.series_by("purpose", start, end, latency=False, operation="Decrypt")
-        sums = {
-            hour: sum(each.count for purpose, each in by.items() if purpose not in RUNS)
-            for hour, by in hours.items()
-        }
-        return Counter({hour: number for hour, number in sums.items() if number})
+    count = _by_hour if unit == HOUR else _by_minute
+    decrypts, macs = (count(start, end, name) for name in CHECKING)
+    return decrypts | macs
+
+
+def _by_hour(
+    start: datetime.datetime, end: datetime.datetime, operation: str
+) -> Counter[datetime.datetime]:
+    apart = CHECKING[operation]
+    hours = rollups.series_by("purpose", start, end, latency=False, operation=operation)
+    sums = {
+        hour: sum(each.count for purpose, each in by.items() if purpose not in apart)
+        for hour, by in hours.items()
+    }
+    return Counter({hour: number for hour, number in sums.items() if number})
+
+
+def _by_minute(
+    start: datetime.datetime, end: datetime.datetime, operation: str
+) -> Counter[datetime.datetime]:
     trunc = TruncMinute("time", tzinfo=_utc(start))
-    rows = _events(start, end, operation="Decrypt").exclude(purpose__in=RUNS)
+    rows = _events(start, end, operation=operation).exclude(purpose__in=CHECKING[operation])
     counted = rows.annotate(at=trunc).values_list("at").annotate(number=Count("pk")).order_by()
     return Counter(dict(counted))
 
@@ -131,9 +150,8 @@ def retired_keys() -> list[Key]:
     Return the keys that were left: no alias points there, and no stored password needed them
     when they were counted since, or they are disabled.
     """
-    settings = conf.get()
     present = AliasPeriod.objects.filter(until=None).values("key")
-    named = {key_ref(settings.key), *map(key_ref, settings.previous_keys)}
+    named = set(map(key_ref, named_keys()))
     empty = Q(rows=0) & (Q(left=None) | Q(rows_counted_at__gte=F("left")))
     keys = Key.objects.exclude(pk__in=present).annotate(left=Max("alias_periods__until"))
     return [key for key in keys.filter(Q(state__in=LEFT) | empty) if key.ref not in named]
@@ -163,12 +181,17 @@ def in_events(events: Sequence[Event]) -> Iterator[Found]:
             yield _breaker(event.time, event.requested_key)
         elif event.outcome == signals.INVALID:
             yield _tampered(event.time, event.time)
-        elif event.outcome == signals.SUCCESS:
+        elif event.outcome == signals.SUCCESS and not anchors(event):
             # A ReEncrypt names the key it comes from, and answers with the one it goes to.
             for ref in {key_ref(event.key), key_ref(event.requested_key)} & set(left):
                 free = _free_from(left[ref])
                 if free is None or event.time >= free:
                     yield _retired(left[ref], event.time, event.time)
+
+
+def anchors(event: Event) -> bool:
+    """Return whether the event is one of `ANCHORING`."""
+    return event.purpose == "seal" or (event.purpose == "verify" and not event.sub)
 
 
 # --- what is found ------------------------------------------------------------------

@@ -23,6 +23,9 @@ from kms_hasher.models import AppendOnly, AuditEvent, AuditHour, AuditSeal
 #: How many events are deleted by one statement.
 BATCH = 5_000
 
+#: How many rows of roll-ups are deleted by one statement.
+MERGED = 500
+
 #: How long after its end an hour's roll-ups are left to those who write them.
 SETTLED = datetime.timedelta(hours=1)
 
@@ -121,9 +124,14 @@ def merge(now: datetime.datetime | None = None) -> int:
             found = rows.filter(hour=hour).order_by()
             found.update(slot=F("slot"))  # locks them, on every database
             sums: Counter[store.Row] = Counter()
-            for *group, _slot, count in found.values_list(*store.GROUP, "count"):
+            pks = []
+            # A late event may have added a row since, or add one before these are deleted.
+            read = found.select_for_update().values_list("pk", *store.GROUP, "count")
+            for pk, *group, _slot, count in read:
+                pks.append(pk)
                 sums[(*group, 0)] += count
-            gone += found.delete()[0]
+            for start in range(0, len(pks), MERGED):
+                gone += found.filter(pk__in=pks[start : start + MERGED]).delete()[0]
             if sums:
                 store.add(sums, rows.db)
     return gone

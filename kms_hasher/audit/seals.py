@@ -266,21 +266,33 @@ def mark_pruned(upto: int) -> AuditSeal:
 
 
 class State(NamedTuple):
-    """`unsealed` counts no further than `COUNTED`; `age` is the time since the last seal."""
+    """
+    `unsealed` counts no further than `COUNTED`; `age` is the time since the last seal.
+
+    `since` is when that was made or, if `AUDIT_SEAL_KEY` is set and there is no seal, the time
+    of the oldest event: a sealer that never ran, or whose seals were deleted, is late as well.
+    """
 
     last: AuditSeal | None
     age: datetime.timedelta | None
     unsealed: int
     is_overdue: bool
+    since: datetime.datetime | None
 
 
 def state() -> State:
     """Return how sealing stands, by two queries that cost the same however long the audit."""
+    settings, now = conf.get(), timezone.now()
     last = segments.newest()
-    age = timezone.now() - last.sealed_at if last else None
-    hours = conf.get().audit_seal_hours
-    overdue = bool(hours) and age is not None and age > _hours(hours)
-    return State(last, age, segments.unsealed(last), overdue)
+    since = last.sealed_at if last else _oldest() if settings.audit_seal_key else None
+    hours = settings.audit_seal_hours
+    overdue = bool(hours) and since is not None and now - since > _hours(hours)
+    age = now - last.sealed_at if last else None
+    return State(last, age, segments.unsealed(last), overdue, since)
+
+
+def _oldest() -> datetime.datetime | None:
+    return segments.all_events().order_by("time").values_list("time", flat=True).first()
 
 
 def _hours(number: float) -> datetime.timedelta:

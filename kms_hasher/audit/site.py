@@ -45,8 +45,7 @@ class Keys:
         now = conf.get()
         self._regions = dict(Key.objects.values_list("ref", "region"))
         keys = (now.key, now.mac_key, now.audit_seal_key, now.audit_context_key)
-        named = [*keys, *now.previous_keys]
-        self._refs = {*self._regions, *filter(None, map(key_ref, named))}
+        self._refs = {*self._regions, *filter(None, map(key_ref, named_keys()))}
         self._home = now.home.region if now.home else str(now.options.get("region") or "")
         others = {*map(calls.region_of, now.previous_keys), *now.fallback_regions}
         self.regions = {*self._regions.values(), self._home, *others} - {""}
@@ -92,6 +91,13 @@ class Keys:
         """Return the Region that the call of an event went to, as far as is known."""
         named = calls.region_of(event.requested_key)
         return named or self._regions.get(event.key_ref, "") or self._home
+
+
+def named_keys() -> tuple[str, ...]:
+    """Return the keys and aliases that the settings name, as they name them."""
+    now = conf.get()
+    keys = (now.key, now.mac_key, now.audit_seal_key, now.audit_context_key)
+    return (*filter(None, keys), *now.previous_keys)
 
 
 def is_ours(context: Context) -> bool:

@@ -15,6 +15,7 @@ from kms_hasher.rotation import status
 from kms_hasher.rotation.status import KeyStatus, Status
 
 SEALING_OVERDUE = "The last seal of the audit was made {age} ago: sealing is overdue."
+NEVER_SEALED = "There is no seal of the audit, and AUDIT_SEAL_KEY is set: sealing is overdue."
 WRONG = "Something is wrong; problems found: {number}."
 
 
@@ -62,7 +63,8 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from None
         sealing = seals.state()
         if sealing.is_overdue:
-            found.problems.append(SEALING_OVERDUE.format(age=_age(sealing)))
+            late = SEALING_OVERDUE if sealing.last else NEVER_SEALED
+            found.problems.append(late.format(age=_age(sealing)))
         if options["json"]:
             told = {**as_json(found), "sealing": _sealing_as_json(sealing)}
             self.stdout.write(json.dumps(told, indent=2, cls=DjangoJSONEncoder))

@@ -8,11 +8,13 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.core.serializers.json import DjangoJSONEncoder
+from django.db import DatabaseError
 from django.utils import timezone
 
 from kms_hasher.audit import retention
 from kms_hasher.audit.retention import Prunable
 from kms_hasher.exceptions import KMSHasherError
+from kms_hasher.management.commands.reconcile_kms_audit import DATABASE_FAILED
 
 EPILOG = """\
 Examples, of which the second is for cron:
@@ -70,20 +72,23 @@ class Command(BaseCommand):
         if options["batch_size"] < 1:
             raise CommandError("--batch-size must be at least 1.")
         cutoff = timezone.now() - options["older_than"]
-        what = retention.prunable(cutoff, force=options["force"])
-        result = {
-            "dry_run": options["dry_run"],
-            "before": cutoff,
-            "events": what.number,
-            "up_to_seal": what.seal.sequence if what.seal else None,
-            "kept_unsealed": what.kept,
-            "merged": 0,
-        }
-        if not options["dry_run"]:
-            try:
-                result |= self._prune(what, what.number, options["batch_size"])
-            except KMSHasherError as error:
-                raise CommandError(str(error)) from None
+        try:
+            what = retention.prunable(cutoff, force=options["force"])
+            result = {
+                "dry_run": options["dry_run"],
+                "before": cutoff,
+                "events": what.number,
+                "up_to_seal": what.seal.sequence if what.seal else None,
+                "kept_unsealed": what.kept,
+                "merged": 0,
+            }
+            if not options["dry_run"]:
+                result |= self._prune(what, result["events"], options["batch_size"])
+        except KMSHasherError as error:
+            raise CommandError(str(error)) from None
+        except DatabaseError as error:
+            # Only its kind: what the database says may quote a row.
+            raise CommandError(DATABASE_FAILED.format(error=type(error).__name__)) from None
         if options["json"]:
             self.stdout.write(json.dumps(result, indent=2, cls=DjangoJSONEncoder))
         else:
