@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding
 from django.conf import settings as django_settings
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
@@ -574,6 +575,29 @@ def test_rows_that_do_not_open_stop_no_move(source: str, target: str, enter: Ent
     assert {
         user.pk: str(value) for user, value in values.items()
     }.items() <= passwords().items()
+
+
+@pytest.mark.parametrize("forged", [b"", b"1234", bytes(100)], ids=len)
+def test_something_sealed_by_a_stranger_with_the_public_half_stops_nothing(
+    forged: bytes, enter: Enter, kms: Provider, settings: Any
+) -> None:
+    enter("public_key")
+    victim, *_ = make_users(3)
+    stored = encoding.parse(victim.password)
+    public = public_key.load_der(kms.get_public_key(ALIASES["public_key"]).der)
+    oaep = padding.OAEP(padding.MGF1(hashes.SHA256()), hashes.SHA256(), None)
+    value = str(dataclasses.replace(stored, sealed=public.encrypt(forged, oaep)))
+    victim.password = value
+    victim.save()
+    assert not victim.check_password("pw0")
+    enter("direct")
+    done = rotate_("--to-mode", "direct", status=3)
+    assert (done["rewritten"], done["failed"]) == (2, 1)
+    list_hashers(settings, sealing_first=False)
+    phrase = "--confirm=unwrap 3 passwords"
+    done = json.loads(call("unwrap_passwords", phrase, "--json", status=3)[0])
+    assert (done["rewritten"], done["failed"]) == (2, 1)
+    assert passwords()[victim.pk] == value
 
 
 def deny(method: Any, refused: Callable[[str], bool]) -> Any:

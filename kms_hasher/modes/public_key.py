@@ -86,10 +86,8 @@ class PublicKey(Direct):
         def open_by(key: str) -> bytes:
             answer = kms.decrypt(key, stored.sealed, {}, algorithm=RSAES_OAEP_SHA_256)
             if len(answer.plaintext) != size:
-                # Not counted as an outage of KMS: anybody can encrypt something of this size.
-                raise KMSBadResponse(
-                    "the plaintext has the wrong size", operation="Decrypt", key=answer.key_arn
-                )
+                # Not a damaged answer: anybody can encrypt something of this size.
+                raise MalformedHash("what is sealed has the wrong size")
             if not hmac.compare_digest(answer.plaintext[:_BINDING], access.binding):
                 raise MalformedHash("the digest is bound to another header")
             return answer.plaintext[_BINDING:]
