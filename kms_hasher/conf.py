@@ -231,6 +231,12 @@ def _validate_mode(conf: Conf) -> None:
             "KMS_HASHER['MODE'] \"mac_in_direct\" needs KMS_HASHER['MAC_KEY']: the alias, key "
             "id or ARN of an HMAC_256 key, beside the symmetric key that KEY names."
         )
+    if conf.mode == "mac_in_direct" and not _is_within_reach(conf):
+        raise ConfigurationError(
+            "KMS_HASHER['MAC_KEY'] is an ARN: stored passwords name the key by its id, and KMS "
+            "is asked for it in the account and Region of KMS_HASHER['KEY']. Let KEY be an ARN "
+            "of the same account and Region, or list MAC_KEY's key ARN in PREVIOUS_KEYS."
+        )
     if conf.mode == "public_key" and conf.public_key and conf.alias:
         raise ConfigurationError(
             "KMS_HASHER['KEY'] names an alias, and KMS_HASHER['PUBLIC_KEY'] is set: what the "
@@ -244,6 +250,14 @@ def _validate_mode(conf: Conf) -> None:
         raise ConfigurationError(
             "KMS_HASHER['DATA_KEY_CACHE_SECONDS'] must be 0 or more seconds."
         )
+
+
+def _is_within_reach(conf: Conf) -> bool:
+    """Return whether the key of a MAC is found by its id again, as far as the settings tell."""
+    if not conf.mac_key.startswith("arn:") or conf.mac_key in conf.previous_keys:
+        return True
+    mac = ARN.parse(conf.mac_key)
+    return conf.home is not None and conf.home._replace(resource=mac.resource) == mac
 
 
 def _check_key(setting: str, key: str) -> None:

@@ -15,6 +15,7 @@ from kms_hasher.providers.local import LocalProvider
 
 KEY_ID = "1234abcd-12ab-34cd-56ef-1234567890ab"
 HOME = "arn:aws:kms:eu-west-1:111122223333"
+MAC_ARN = f"{HOME}:key/mrk-{'0' * 32}"
 ELSEWHERE = "arn:aws:kms:us-east-1:444455556666"
 
 
@@ -84,6 +85,16 @@ def test_keys_that_kms_takes(key: str) -> None:
         ({"MODE": "mac_in_direct"}, "needs KMS_HASHER['MAC_KEY']"),
         ({"MODE": "mac_in_direct", "MAC_KEY": "hmac"}, "KMS_HASHER['MAC_KEY'] holds 'hmac'"),
         ({"MAC_KEY": f"{HOME}:key/x"}, "neither an alias"),
+        ({"MODE": "mac_in_direct", "MAC_KEY": MAC_ARN}, "MAC_KEY'] is an ARN"),
+        ({"MODE": "mac_in_direct", "MAC_KEY": MAC_ARN, "KEY": KEY_ID}, "MAC_KEY'] is an ARN"),
+        *(
+            ({"MODE": "mac_in_direct", "MAC_KEY": MAC_ARN, "KEY": key}, "MAC_KEY'] is an ARN")
+            for key in (
+                f"{HOME.replace('arn:aws:', 'arn:aws-cn:')}:alias/x",
+                f"{HOME[:-1]}9:alias/x",
+                f"{HOME.replace('eu-', 'us-')}:alias/x",
+            )
+        ),
         ({"MODE": "public_key", "PUBLIC_KEY": "PEM"}, "KMS_HASHER['KEY'] names an alias"),
         ({"DATA_KEY_USERS": 0}, "must be at least 1"),
         ({"DATA_KEY_USERS": True}, "must be of type int"),
@@ -124,7 +135,10 @@ def test_not_a_dictionary(raw: Any) -> None:
     [
         {"MODE": "mac_in_direct", "MAC_KEY": "alias/hmac"},
         {"MODE": "mac_in_direct", "MAC_KEY": KEY_ID},
-        {"MODE": "mac_in_direct", "MAC_KEY": f"{HOME}:alias/hmac"},
+        {"MODE": "mac_in_direct", "MAC_KEY": f"{HOME}:alias/hmac", "KEY": f"{HOME}:alias/x"},
+        {"MODE": "mac_in_direct", "MAC_KEY": MAC_ARN, "KEY": f"{HOME}:key/{KEY_ID}"},
+        {"MODE": "mac_in_direct", "MAC_KEY": MAC_ARN, "PREVIOUS_KEYS": (MAC_ARN,)},
+        {"MODE": "direct", "MAC_KEY": MAC_ARN},
         {"MODE": "public_key"},
         {"MODE": "public_key", "KEY": KEY_ID, "PUBLIC_KEY": "PEM"},
         {"MODE": "public_key", "KEY": f"{HOME}:key/{KEY_ID}", "PUBLIC_KEY": "PEM"},

@@ -317,7 +317,7 @@ def test_an_hmac_key_of_another_size_is_refused(
     monkeypatch.setattr(kms, "describe_key", longer)
     enter("mac", KEY=other.key_arn)
     assert "needs a key that is HMAC_256" in rotate_(status=1)["error"]
-    enter("mac_in_direct", MAC_KEY=other.key_arn)
+    enter("mac_in_direct", MAC_KEY=other.key_id)
     assert "Let MAC_KEY name such a key" in rotate_(status=1)["error"]
     kms.disable_key(other.key_arn)
     assert "it must be Enabled" in rotate_(status=1)["error"]
@@ -895,6 +895,25 @@ def test_wrapping_in_a_mode_that_cannot_be_left_says_so(
     monkeypatch.setattr("builtins.input", lambda: "n")
     out, _ = call("wrap_passwords", status=1)
     assert "It cannot be left without passwords" in out
+
+
+def test_a_mac_key_that_is_elsewhere_is_refused(
+    enter: Enter, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("mac_in_direct")
+    make_users(1)
+    real = kms.describe_key
+    there = real(MAC_KEY).key_arn.replace(":local-1:", ":local-2:")
+
+    def describe(key: str) -> Any:
+        return dataclasses.replace(real(key), key_arn=there) if key == MAC_KEY else real(key)
+
+    monkeypatch.setattr(kms, "describe_key", describe)
+    assert "in another account or Region than KEY" in rotate_(status=1)["error"]
+    assert "in another account or Region than KEY" in call("kms_status", status=1)[0]
+    enter("mac_in_direct", PREVIOUS_KEYS=[there])
+    assert plan.make().mac_ref
+    call("kms_status")
 
 
 # --- the width of the column --------------------------------------------------------

@@ -48,6 +48,10 @@ OTHER_MODE = (
 NO_DATA_KEYS = 'There are no data keys in the mode {mode!r}; they are of the mode "envelope".'
 NO_MATERIAL = "Only symmetric keys have key material that can be rotated; use --new-key."
 NO_MAC_KEY = "MAC_KEY leads to {key!r}, which does not exist in this account and Region."
+MAC_ELSEWHERE = (
+    "MAC_KEY leads to {arn}, in another account or Region than KEY: no password sealed with it "
+    "could be checked. List this ARN in PREVIOUS_KEYS, or let both be in one place."
+)
 TOO_NARROW = (
     "{column} holds {width} characters, and values of the mode {mode!r} need up to {needed}: "
     "migrate, or run widen_password_column. Nothing was done."
@@ -245,7 +249,7 @@ def make(
     if like := target or present:
         check_mode(like, settings.mode)
     keys.check_public_half()
-    mac = mac_key(settings)
+    mac = mac_key(settings, target or present)
     if to_mode:
         _check_widths(to_mode)
     previous = history.previous_key(settings.alias) if settings.alias else None
@@ -351,9 +355,10 @@ def _check_kind(key: base.Key, wanted: str, usage: str, mode: str, setting: str)
         )
 
 
-def mac_key(settings: conf.Conf) -> base.Key | None:
+def mac_key(settings: conf.Conf, present: base.Key | None) -> base.Key | None:
     """
-    Return the key that MAC_KEY leads to, where the mode has one.
+    Return the key that MAC_KEY leads to, where the mode has one. `present` is the key that
+    KEY leads to, if that is known.
 
     Raises `RotationRefused` if it is not fit for that, and `KMSError`.
     """
@@ -367,6 +372,9 @@ def mac_key(settings: conf.Conf) -> base.Key | None:
         raise RotationRefused(NOT_ENABLED.format(arn=key.key_arn, state=key.state))
     mac = modes.by_name("mac")
     _check_kind(key, mac.spec, mac.usage, settings.mode, "MAC_KEY")
+    beside = not present or keys.is_beside(key.key_arn, present.key_arn)
+    if not beside and key.key_arn not in settings.previous_keys:
+        raise RotationRefused(MAC_ELSEWHERE.format(arn=key.key_arn))
     return key
 
 

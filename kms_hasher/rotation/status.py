@@ -200,7 +200,7 @@ def _look_at_public_half(status: Status, key: base.Key) -> None:
 
 def _look_at_mac_key(status: Status, settings: conf.Conf) -> None:
     try:
-        status.mac_key = plan.mac_key(settings)
+        status.mac_key = plan.mac_key(settings, status.described)
     except (RotationRefused, KMSHasherError) as error:
         status.problems.append(str(error))
 
