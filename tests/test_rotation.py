@@ -1179,6 +1179,28 @@ def test_old_keys_are_given_up_only_when_no_row_needs_them(kms: Provider) -> Non
     assert [(key.state, key.changed) for key in again] == [("PendingDeletion", False)]
 
 
+@pytest.mark.parametrize("setting", ["AUDIT_SEAL_KEY", "AUDIT_CONTEXT_KEY", "MAC_KEY"])
+@pytest.mark.parametrize("days", [None, 7], ids=["disabled", "deleted"])
+def test_a_key_that_another_setting_leads_to_is_not_given_up(
+    setting: str, days: int | None, kms: Provider
+) -> None:
+    result, _, _ = rotated(new_key=True)
+    (ref,) = result.left
+    former = kms.describe_key(encoding.key_id(ref))
+    alias = f"alias/{setting}-{days}"
+    kms.create_alias(alias, former.key_arn)
+    for name in (former.key_id, former.key_arn, alias):
+        with (
+            with_key(ALIAS, **{setting: name}),
+            pytest.raises(errors.RotationRefused, match=setting),
+        ):
+            keys.give_up(result.left, result.target, alias=ALIAS, days=days)
+        assert kms.describe_key(former.key_arn).state == "Enabled"
+    with with_key(ALIAS, **{setting: "alias/nothing"}):
+        (done,) = keys.give_up(result.left, result.target, alias=ALIAS, days=days)
+    assert (done.arn, done.changed) == (former.key_arn, True)
+
+
 def test_keys_of_other_accounts_are_not_given_up(kms: Provider) -> None:
     result, _, _ = rotated(new_key=True)
     foreign = "arn:aws:kms:local-2:000000000000:key/00000000-0000-0000-0000-000000000000"

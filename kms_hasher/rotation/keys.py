@@ -48,6 +48,10 @@ MATERIAL_LATE = (
     "then."
 )
 STILL_NEEDED = "{arn} is still needed by {places}; nothing was done to it."
+IN_SETTINGS = (
+    "KMS_HASHER[{setting!r}] leads to {arn}; nothing was done to it. Change the setting first, "
+    "if nothing needs the key."
+)
 STILL_ALIAS = "{alias} still answers with {arn}: KMS spreads moves late. Try again in minutes."
 FOREIGN = (
     "{arn} is outside the account and Region of KEY and not in PREVIOUS_KEYS; nothing was "
@@ -202,20 +206,25 @@ def give_up(
 
     `present` is the key that seals now; it is never touched. First all columns in all
     databases are searched for each key. Raises `RotationRefused` before anything is done
-    if a single row names one of them, readable or not, or if a key is not this site's.
+    if a single row names one of them, readable or not, if a setting leads to one, or if a key
+    is not this site's.
     """
     kms = keyring.kms("rotate")
     if alias and (now := kms.describe_key(alias).key_arn) != present.key_arn:
         raise RotationRefused(STILL_ALIAS.format(alias=alias, arn=now))
     found: list[base.Key] = []
     refused: list[str] = []
-    for ref in sorted(set(refs) - {encoding.key_ref(present.key_id)}):
+    left = sorted(set(refs) - {encoding.key_ref(present.key_id)})
+    settings_of = _in_settings() if left else {}
+    for ref in left:
         key_id = encoding.key_id(ref)
         seen = Key.objects.filter(ref=ref).first()
         arn = seen.arn if seen else ARN.parse(present.key_arn).with_key(key_id)
         if rows := rows_naming(ref):
             places = ", ".join(f"{number} in {place}" for place, number in rows.items())
             refused.append(STILL_NEEDED.format(arn=arn, places=places))
+        elif setting := settings_of.get(ref):
+            refused.append(IN_SETTINGS.format(setting=setting, arn=arn))
         elif not is_beside(arn, present.key_arn) and arn not in conf.get().previous_keys:
             refused.append(FOREIGN.format(arn=arn))
         else:
@@ -224,6 +233,19 @@ def give_up(
     if refused:
         raise RotationRefused(" ".join(refused))
     return [_give_up(key, days) for key in found]
+
+
+def _in_settings() -> dict[str, str]:
+    """
+    Return the refs of the keys that other settings than KEY lead to, with the setting's name:
+    KMS is asked, as an alias tells nothing. Raises `KMSError`.
+    """
+    kms, found = keyring.kms("rotate"), {}
+    for setting in ("MAC_KEY", "AUDIT_SEAL_KEY", "AUDIT_CONTEXT_KEY"):
+        if name := getattr(conf.get(), setting.lower()):
+            with contextlib.suppress(KeyNotFound):  # so that nothing can be done to it
+                found[encoding.key_ref(kms.describe_key(name).key_id)] = setting
+    return found
 
 
 def _give_up(key: base.Key, days: int | None) -> GivenUp:
