@@ -112,7 +112,8 @@ def open_beside(
         digest = background.compute(compute)
         return held.call(), mode.derive(here, stored, digest)
     if breaker.of(region_of(held.key)).is_open:
-        return open(stored, purpose=purpose), mode.derive(here, stored, compute())
+        opened = open(stored, purpose=purpose)  # first: it may be all that there is to do
+        return opened, mode.derive(here, stored, background.compute(compute))
     future = background.start(held.call)
     try:
         digest = background.compute(compute)

@@ -680,11 +680,19 @@ class TestFallback:
         assert {region for _, region in site.requests()} == {REGION}
 
     def test_an_open_breaker_leads_straight_to_the_replica(
-        self, site: Site, clock: Clock, events: list[Event]
+        self,
+        site: Site,
+        clock: Clock,
+        events: list[Event],
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        compute = Calls(background.compute)
+        monkeypatch.setattr(background, "compute", compute)
         site.double.out[REGION] = "KMSInternalException"  # type: ignore[attr-defined]
         for _ in range(breaker.FAILURES + 3):
             assert check_password(PASSWORD, site.stored)
+        # Beside as many others as at any time, and off the event loop.
+        assert compute.count == breaker.FAILURES + 3
         asked = Counter(region for _, region in site.requests())
         assert asked == {REGION: breaker.FAILURES, ELSEWHERE: breaker.FAILURES + 3}
         assert [e.error_code for e in events[-2:]] == ["KMSCircuitOpen", ""]
