@@ -38,6 +38,9 @@ logger = logging.getLogger("kms_hasher")
 #: KMS's answer where a stored string names a key that its mode cannot have.
 WRONG_USAGE = "InvalidKeyUsageException"
 
+#: Bytes of a password that bcrypt takes; it refuses more from its version 5 on.
+BCRYPT_MAX = 72
+
 #: How Django's admin names the costs.
 LABELS = {
     "variety": _("variety"),
@@ -50,6 +53,10 @@ LABELS = {
     "block_size": _("block size"),
     "rounds": _("work factor"),
 }
+
+
+class _PasswordRefused(MalformedHash):
+    """Raised where an inner hasher computes nothing for such a password."""
 
 
 class SealingPasswordHasher(django_hashers.BasePasswordHasher):
@@ -94,6 +101,8 @@ class SealingPasswordHasher(django_hashers.BasePasswordHasher):
             expected, digest = keyring.open_beside(
                 stored, functools.partial(self._digest, password, stored.header)
             )
+        except _PasswordRefused:  # it cannot be the one; nothing is wrong with what is stored
+            return False
         except MalformedHash as error:
             _report_malformed(error)
             return False
@@ -348,7 +357,9 @@ class KMSBCryptSHA256PasswordHasher(
         try:
             made = library.hashpw(data, f"${variety}${rounds:02}$".encode() + header.salt)
         except ValueError:
-            raise MalformedHash("bcrypt does not take the salt, or the password") from None
+            if len(data) > BCRYPT_MAX or 0 in data:
+                raise _PasswordRefused("bcrypt does not take the password") from None
+            raise MalformedHash("bcrypt does not take the salt") from None
         return inner.parse_stock(f"bcrypt${made.decode('ascii')}")[1]
 
 

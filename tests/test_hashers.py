@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import bcrypt
 import pytest
 from django.contrib.auth.hashers import (
     check_password,
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from kms_hasher import encoding, exceptions, keyring
 from kms_hasher.exceptions import KMSError
-from kms_hasher.hashers import KMSArgon2PasswordHasher
+from kms_hasher.hashers import KMSArgon2PasswordHasher, KMSBCryptPasswordHasher
 from kms_hasher.providers.base import Decrypted, Provider
 from kms_hasher.signals import Event
 from tests.hashers import CheapArgon2PasswordHasher, CheapKMSArgon2PasswordHasher
@@ -283,6 +284,34 @@ class TestBadStrings:
         assert [record.name for record in caplog.records].count("kms_hasher") == 2
         assert "saltsalt" not in caplog.text
         assert encoded[-20:-5] not in caplog.text
+
+    @pytest.mark.parametrize("password", ["x" * 73, "x\0", "\0"], ids=["long", "NUL", "NULs"])
+    def test_a_password_that_bcrypt_refuses_says_nothing_of_the_string(
+        self,
+        password: str,
+        events: list[Event],
+        caplog: pytest.LogCaptureFixture,
+        settings: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        settings.PASSWORD_HASHERS = ["kms_hasher.hashers.KMSBCryptPasswordHasher"]
+        monkeypatch.setattr(KMSBCryptPasswordHasher, "rounds", 4)
+        encoded = make_password(PASSWORD)
+        real = bcrypt.hashpw
+
+        def refuse(data: bytes, salt: bytes) -> bytes:  # as one version or another does
+            if len(data) > 72 or 0 in data:
+                raise ValueError("no such password")
+            return real(data, salt)
+
+        monkeypatch.setattr(bcrypt, "hashpw", refuse)
+        with caplog.at_level(logging.INFO, logger="kms_hasher"):
+            assert not check_password(password, encoded)
+        assert [event.operation for event in events] == ["Encrypt", "Decrypt"]
+        assert "cannot be read" not in caplog.text
+        with pytest.raises(ValueError, match="does not take the password"):
+            make_password(password)
+        assert check_password(PASSWORD, encoded)
 
 
 class TestNotAnswered:
