@@ -27,6 +27,7 @@ from django.utils.module_loading import import_string
 
 from kms_hasher import columns, data_keys, encoding, inner, keyring, modes, users
 from kms_hasher import exceptions as errors
+from kms_hasher.management.commands import widen_password_column
 from kms_hasher.models import DataKey, Key, RotationRun
 from kms_hasher.modes import public_key
 from kms_hasher.providers.base import Provider
@@ -990,6 +991,45 @@ def test_a_login_writes_no_hash_that_the_column_would_cut(
         patch.setattr(users, "column_width", lambda column: pytest.fail("read again"))
         assert two.check_password("pw")
     assert modes_of_rows() == {"direct": 2}
+
+
+@pytest.mark.usefixtures("narrow")
+def test_widening_waits_for_no_long_transaction_and_leaves_nothing(
+    enter: Enter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("direct")
+    monkeypatch.setattr(widen_password_column, "LOCK_TIMEOUT", "50ms")
+    before = set(connection.introspection.table_names())
+    if connection.vendor == "postgresql":
+        other = connection.copy()
+        try:
+            with other.cursor() as cursor:
+                cursor.execute("BEGIN")
+                cursor.execute("SELECT count(*) FROM auth_user")
+                _, err = call("widen_password_column", status=1)
+        finally:
+            other.close()
+        assert "could not be altered (OperationalError), and is as it was" in err
+        assert users.column_width(columns.columns()[0]) == 128
+    assert "is widened" in call("widen_password_column")[0]
+    assert users.column_width(columns.columns()[0]) == 1024
+    assert set(connection.introspection.table_names()) == before
+
+
+def test_widening_says_what_to_change(enter: Enter) -> None:
+    enter("direct", DATABASES=["default"], PASSWORD_FIELDS=["auth.User.nothing"])
+    assert "PASSWORD_FIELDS" in call("widen_password_column", status=1)[1]
+    enter("direct", DATABASES=["elsewhere"])
+    assert "which DATABASES does not have" in call("widen_password_column", status=1)[1]
+
+
+def test_widening_tells_of_a_database_that_is_left_out(
+    enter: Enter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter("direct")
+    monkeypatch.setattr(columns, "databases", lambda model=None: ["another"])
+    _, err = call("widen_password_column", status=1)
+    assert "KMS_HASHER['DATABASES'] leaves 'default' out" in err
 
 
 def test_the_column_of_another_user_model_is_not_widened(
