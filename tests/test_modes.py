@@ -883,8 +883,11 @@ class TestAWS:
             "no_fields",
         ):
             double.fail("*", fault)
-            with pytest.raises(exceptions.KMSUnavailable):
-                check_password(PASSWORD, encoded)
+            if mode == "public_key" and fault in ("short", "long"):
+                assert not check_password(PASSWORD, encoded)  # as anybody may have sealed it
+            else:
+                with pytest.raises(exceptions.KMSUnavailable):
+                    check_password(PASSWORD, encoded)
             double.heal()
             assert check_password(PASSWORD, encoded)
 

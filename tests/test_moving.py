@@ -320,7 +320,7 @@ def test_an_hmac_key_of_another_size_is_refused(
     monkeypatch.setattr(kms, "describe_key", longer)
     enter("mac", KEY=other.key_arn)
     assert "needs a key that is HMAC_256" in rotate_(status=1)["error"]
-    enter("mac_in_direct", MAC_KEY=other.key_arn)
+    enter("mac_in_direct", MAC_KEY=other.key_id)
     assert "Let MAC_KEY name such a key" in rotate_(status=1)["error"]
     kms.disable_key(other.key_arn)
     assert "it must be Enabled" in rotate_(status=1)["error"]
