@@ -62,6 +62,9 @@ BLOCK_SECONDS = 60.0
 #: just then may be committed later.
 GRACE = datetime.timedelta(hours=1)
 
+#: KMS's code where a row names a key of another kind.
+_WRONG_USAGE = "InvalidKeyUsageException"
+
 _DIRECT = modes.MODES["direct"]
 _SALT = 16
 _IN = f"${modes.MODES['envelope'].code}$"
@@ -128,6 +131,8 @@ def _damage_told(number: int) -> Iterator[None]:
     try:
         yield
     except (InvalidCiphertext, InvalidRequest, MalformedHash) as error:
+        if isinstance(error, InvalidRequest) and error.code != _WRONG_USAGE:
+            raise
         raise DataKeyDamaged(number) from error
 
 

@@ -267,6 +267,13 @@ class TestForgedRows:
         self.put("$".join(parts))
         self.is_told(encoded)
 
+    def test_the_ref_of_a_key_of_another_kind(self) -> None:
+        encoded = make_password(PASSWORD)
+        sealed = DataKey.objects.get().sealed
+        other = encoding.key_ref(modes.make_keys()["alias/tests-mac"].rpartition("/")[2])
+        self.put(sealed.replace(f"${encoding.parse(sealed).key_ref}$", f"${other}$"))
+        self.is_told(encoded)
+
     def test_another_data_key(self) -> None:
         first = make_password(PASSWORD)
         data_keys.retire()

@@ -775,6 +775,18 @@ def test_a_key_that_is_disabled_makes_its_rows_bad(enter: Enter, kms: Provider) 
     assert (done["rewritten"], done["failed"]) == (0, 3)
 
 
+def test_the_keys_of_the_new_mode_are_looked_at_before_a_row_is_blamed(
+    enter: Enter, kms: Provider
+) -> None:
+    arn = kms.create_key().key_arn
+    enter("direct", KEY=arn)
+    make_users(2)
+    kms.disable_key(arn)
+    enter("mac_in_direct")
+    done = rotate_("--to-mode", "mac_in_direct", status=3)
+    assert (done["rewritten"], done["failed"]) == (0, 2)
+
+
 @pytest.mark.parametrize("source", DIGEST)
 @pytest.mark.parametrize("target", MODES)
 def test_no_call_of_a_move_uses_the_database(
