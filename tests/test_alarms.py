@@ -314,7 +314,7 @@ def test_which_keys_are_retired(changes: dict[str, Any], retired: bool) -> None:
     "changes",
     [
         {"PREVIOUS_KEYS": [ARN]},
-        {"MAC_KEY": ARN, "MODE": "mac_in_direct"},
+        {"MAC_KEY": ARN.rpartition("/")[2], "MODE": "mac_in_direct"},
         {"AUDIT_SEAL_KEY": ARN.rpartition("/")[2]},
         {"AUDIT_CONTEXT_KEY": ARN},
     ],
