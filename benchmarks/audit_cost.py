@@ -114,7 +114,7 @@ def flush(n: int) -> None:
     print(f"from emit to the last commit       {n / taken:12,.0f}", flush=True)
     gone = 0
     started = time.perf_counter()
-    for number in retention.prune(timezone.now()):
+    for number in retention.prune(retention.prunable(timezone.now())):
         gone += number
     print(f"pruned                             {gone / (time.perf_counter() - started):12,.0f}")
 
