@@ -226,7 +226,7 @@ def _in_test(user: Any) -> bool:
     """Return whether the check needs a data key that a test's own transaction may hold."""
     with contextlib.suppress(ConfigurationError):
         settings = conf.get()
-        sealed = user is not None and "$e1$" in str(user.password)
+        sealed = user is not None and encoding.IN_ENVELOPE in str(user.password)
         return settings.audit == "inline" and (sealed or settings.mode == "envelope")
     return False
 

@@ -237,7 +237,10 @@ def columns(among: Collection[str] | None = None) -> list[Column]:
 def count(column: Column) -> Counter[Group]:
     """Return how many rows there are of each kind, by one pass over the table."""
     name = column.field.attname
-    envelope = {f"{name}__startswith": encoding.PREFIX, f"{name}__contains": "$e1$"}
+    envelope = {
+        f"{name}__startswith": encoding.PREFIX,
+        f"{name}__contains": encoding.IN_ENVELOPE,
+    }
     head = Case(
         # As many groups as data keys would be too many.
         When(**envelope, then=_head(name, 2)),

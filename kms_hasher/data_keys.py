@@ -67,7 +67,6 @@ _WRONG_USAGE = "InvalidKeyUsageException"
 
 _DIRECT = modes.MODES["direct"]
 _SALT = 16
-_IN = f"${modes.MODES['envelope'].code}$"
 
 
 class Store:
@@ -196,7 +195,9 @@ def unneeded() -> list[int]:
         if column.model is DataKey:
             continue
         name = column.field.attname
-        named = column.rows.filter(**{f"{name}__startswith": PREFIX, f"{name}__contains": _IN})
+        named = column.rows.filter(
+            **{f"{name}__startswith": PREFIX, f"{name}__contains": encoding.IN_ENVELOPE}
+        )
         for value in named.values_list(name, flat=True).iterator():
             with contextlib.suppress(MalformedHash):
                 retired.discard(encoding.data_key_number(value.split("$")[2]))

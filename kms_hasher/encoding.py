@@ -49,6 +49,7 @@ from kms_hasher.inner import (
 __all__ = [
     "ARN",
     "DATA_KEY",
+    "IN_ENVELOPE",
     "MAX_LENGTH",
     "MIN_SALT",
     "PREFIX",
@@ -82,6 +83,9 @@ _MODE = re.compile(r"[a-z][1-9]\Z")
 
 #: Of values in this mode the ref names a data key, and in this one two keys.
 _ENVELOPE, _NESTED = "e1", "n1"
+
+#: What only values under a data key hold, for queries.
+IN_ENVELOPE = f"${_ENVELOPE}$"
 
 
 # --- key refs -----------------------------------------------------------------------

@@ -144,4 +144,4 @@ def test_what_was_throttled_leaves_kms_to_others_at_once(
     subject.note([event()])
     assert subject.turn() == 0
     subject.note([pressed])
-    assert subject.turn() == pytest.approx(pace.HOLD)
+    assert subject.turn() == pytest.approx(0.25)

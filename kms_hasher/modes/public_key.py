@@ -11,6 +11,7 @@ The public key is that of the settings, or KMS's own answer; never one from the 
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import os
 import threading
@@ -149,8 +150,6 @@ def load_der(der: bytes) -> Any:
 
 def fingerprint(der: bytes) -> str:
     """Return the SHA-256 of a SubjectPublicKeyInfo, as 64 hexadecimal digits."""
-    import hashlib
-
     return hashlib.sha256(der).hexdigest()
 
 
