@@ -589,12 +589,66 @@ def test_no_anchor_of_one_seal_does_for_another(log: None) -> None:
 
 @pytest.mark.parametrize(
     "anchors_",
-    [{}, [], "x", 5, {"mac": "zz", "mac_key": 5}, {"ciphertext": 1, "context_key": "x"}],
+    [
+        {},
+        [],
+        "x",
+        5,
+        {"mac": "zz", "mac_key": 5},
+        {"ciphertext": 1, "context_key": "x"},
+        {"mac": "zz", "mac_key": "x", "ciphertext": "!", "context_key": "x"},
+        {"mac": None, "mac_key": None, "ciphertext": None, "context_key": None},
+    ],
 )
 def test_nonsense_in_place_of_anchors(anchors_: Any, log: None) -> None:
     AuditSeal.objects.filter(sequence=3).update(anchors=anchors_)
     assert kinds() == {"anchor": 1}
     with pytest.raises(exceptions.SealRefused):
+        sealed()
+
+
+@pytest.mark.parametrize("name", ["mac", "mac_key", "context_key", "ciphertext"])
+@pytest.mark.parametrize(
+    "change",
+    [str.swapcase, lambda each: each + " ", lambda each: each + "\n", lambda each: each + "="],
+    ids=["case", "blank", "line", "padding"],
+)
+def test_an_anchor_written_in_another_way_is_found(
+    name: str, change: Callable[[str], str], log: None
+) -> None:
+    """What it says is the same, but the next seal would vouch for the change."""
+    seal = AuditSeal.objects.get(sequence=3)
+    seal.anchors[name] = change(seal.anchors[name])
+    seal.save(update_fields=["anchors"])
+    assert kinds() == {"anchor": 1}
+
+
+@pytest.mark.parametrize("name", ["mac", "mac_key", "context_key", "ciphertext"])
+def test_half_a_character_in_an_anchor_is_found(name: str, log: None) -> None:
+    """JSON can hold what no encoding can; not every database takes it."""
+    seal = AuditSeal.objects.get(sequence=3)
+    seal.anchors[name] += "\ud800"
+    assert anchors.check_seal(seal) in (anchors.WRONG_MAC, anchors.WRONG_CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("add", "drop"),
+    [
+        ({"more": ""}, []),
+        ({}, ["mac_key"]),
+        ({}, ["context_key"]),
+        ({}, ["ciphertext"]),
+        ({}, ["ciphertext", "context_key"]),
+    ],
+)
+def test_adding_to_the_anchors_or_taking_away_is_found(
+    add: dict[str, str], drop: list[str], log: None
+) -> None:
+    seal = AuditSeal.objects.get(sequence=3)
+    left = {name: each for name, each in seal.anchors.items() if name not in drop}
+    AuditSeal.objects.filter(pk=seal.pk).update(anchors=left | add)
+    assert verification.BAD_ANCHOR.format(sequence=3, problem=anchors.WRONG_FORM) == texts()
+    with pytest.raises(exceptions.SealRefused, match="not of the form"):
         sealed()
 
 

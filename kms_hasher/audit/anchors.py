@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hmac
 from collections.abc import Mapping
-from typing import Any
 
 from kms_hasher import conf, encoding, keyring
 from kms_hasher.audit import canonical
@@ -24,6 +23,7 @@ from kms_hasher.models import AuditSeal
 
 NO_MAC = "it has no MAC, though AUDIT_SEAL_KEY names a key"
 NO_ANCHOR = "it has no anchor that could be checked"
+WRONG_FORM = "its anchors are not of the form in which they are made"
 WRONG_MAC = "KMS does not give its MAC for what it says"
 OTHER_KEY = (
     "its MAC names the key {key}, and AUDIT_SEAL_KEY leads to another; a former key belongs "
@@ -33,6 +33,8 @@ WRONG_CONTEXT = "KMS did not encrypt it under the context of what it says"
 
 #: Bytes of a ciphertext that KMS takes.
 MAX_CIPHERTEXT = 6144
+
+_FORMS = ({"context_key", "ciphertext"}, {"context_key", "ciphertext", "mac_key", "mac"})
 
 # What else an HMAC key may be asked for never begins like this.
 _MESSAGE = b"kms_hasher audit anchor 1\0"
@@ -109,26 +111,28 @@ def _check(
     strict: bool = True,
     both: bool = True,
 ) -> str:
-    found: Mapping[str, Any] = anchors if isinstance(anchors, Mapping) else {}
+    found: Mapping[str, str] = anchors if isinstance(anchors, Mapping) else {}
     has_key = bool(conf.get().audit_seal_key)
+    if not found:
+        return NO_MAC if has_key and strict else NO_ANCHOR
+    # The next seal would vouch for whatever was added or taken away.
+    if found.keys() not in _FORMS or not all(isinstance(each, str) for each in found.values()):
+        return WRONG_FORM
     if has_key and "mac" in found:
         problem = _check_mac(digest, found, strict)
         if problem or not both:
             return problem
     elif has_key and strict:
         return NO_MAC
-    if "ciphertext" in found:
-        return _check_ciphertext(digest, context, found, strict)
-    return "" if has_key and "mac" in found else NO_ANCHOR
+    return _check_ciphertext(digest, context, found, strict)
 
 
-def _check_mac(digest: bytes, found: Mapping[str, Any], strict: bool) -> str:
+def _check_mac(digest: bytes, found: Mapping[str, str], strict: bool) -> str:
     settings = conf.get()
     name = settings.audit_seal_key
     try:
-        key_id = encoding.key_id(str(found.get("mac_key")))
-        mac = bytes.fromhex(str(found["mac"]))
-    except ValueError:
+        key_id = encoding.key_id(found["mac_key"])
+    except MalformedHash:
         return WRONG_MAC
     if not strict:
         name = _named(name, key_id)
@@ -138,19 +142,22 @@ def _check_mac(digest: bytes, found: Mapping[str, Any], strict: bool) -> str:
     made = keyring.kms("verify").generate_mac(name, _MESSAGE + digest)
     if _ref(made.key_arn) != found["mac_key"]:
         return OTHER_KEY.format(key=key_id)
-    return "" if hmac.compare_digest(made.mac, mac) else WRONG_MAC
+    # As text: bytes can be written in several ways.
+    return "" if _same(made.mac.hex(), found["mac"]) else WRONG_MAC
 
 
 def _check_ciphertext(
-    digest: bytes, context: Mapping[str, str], found: Mapping[str, Any], strict: bool
+    digest: bytes, context: Mapping[str, str], found: Mapping[str, str], strict: bool
 ) -> str:
     settings = conf.get()
     try:
-        key_id = encoding.key_id(str(found.get("context_key")))
-        ciphertext = base64.b64decode(str(found["ciphertext"]), validate=True)
+        key_id = encoding.key_id(found["context_key"])
+        ciphertext = base64.b64decode(found["ciphertext"], validate=True)
     except ValueError:
         return WRONG_CONTEXT
-    if not 0 < len(ciphertext) <= MAX_CIPHERTEXT:
+    if not 0 < len(ciphertext) <= MAX_CIPHERTEXT or not _same(
+        base64.b64encode(ciphertext).decode(), found["ciphertext"]
+    ):
         return WRONG_CONTEXT
     key = _named(settings.audit_context_key or settings.key, key_id)
     try:
@@ -162,6 +169,11 @@ def _check_ciphertext(
     except (InvalidCiphertext, InvalidRequest):  # it, or the key, was put in another's place
         return WRONG_CONTEXT
     return "" if hmac.compare_digest(opened.plaintext, digest) else WRONG_CONTEXT
+
+
+def _same(one: str, other: str) -> bool:
+    one_, other_ = (each.encode(errors="surrogatepass") for each in (one, other))
+    return hmac.compare_digest(one_, other_)
 
 
 def _named(setting: str, key_id: str) -> str:
