@@ -10,9 +10,20 @@ from typing import Any, NoReturn
 
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models
+from django.utils import translation
 from django.utils.translation import gettext_lazy as _
 
 from kms_hasher import signals
+
+
+def in_english(row: models.Model) -> str:
+    """
+    Return what a row is called, for logs, mails and commands.
+
+    Those who search them look for the same words, whatever language a site or a reader has.
+    """
+    with translation.override(None):
+        return str(row)
 
 
 class Key(models.Model):
@@ -360,7 +371,7 @@ class AuditEvent(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.operation} {self.outcome}"
+        return f"{self.operation} {self.get_outcome_display()}"
 
     def save(self, *args: Any, **kwargs: Any) -> None:
         if not self._state.adding:

@@ -20,12 +20,12 @@ from typing import Any
 
 from django.db.models import Q
 from django.dispatch import Signal
-from django.utils import timezone
+from django.utils import timezone, translation
 
 from kms_hasher import conf, signals
 from kms_hasher.audit import detect, findings, places, seals, site, writer
 from kms_hasher.audit.findings import Found, Severity
-from kms_hasher.models import AuditFinding
+from kms_hasher.models import AuditFinding, in_english
 from kms_hasher.signals import Event
 
 #: Sent with `finding`, an `AuditFinding`, when it is new or seen again after it was closed, and
@@ -78,7 +78,9 @@ def give(finding: AuditFinding) -> bool:
     finding.alarmed_at = now
     level = logging.ERROR if finding.severity == Severity.CRITICAL else logging.WARNING
     try:
-        lines.log(level, "%s", finding, extra={"finding": findings.as_json(finding)})
+        lines.log(
+            level, "%s", in_english(finding), extra={"finding": findings.as_json(finding)}
+        )
     except Exception as error:  # noqa: BLE001
         logger.error("An alarm could not be logged (%s)", type(error).__name__)
     for receiver, answer in audit_alarm.send_robust(sender=AuditFinding, finding=finding):
@@ -121,8 +123,10 @@ def mail() -> int:
         if not mine.update(mailed_at=now):
             continue  # another process has just done so
         try:
-            subject = SUBJECT.format(kind=finding.get_kind_display())
-            mail_admins(subject, MAIL.format(finding=finding))
+            with translation.override(None):  # in English, as all that is no page
+                subject = SUBJECT.format(kind=finding.get_kind_display())
+                text = MAIL.format(finding=finding)
+            mail_admins(subject, text)
         except Exception as error:  # noqa: BLE001  # whatever a mail backend raises
             AuditFinding.objects.filter(pk=finding.pk).update(mailed_at=before)
             logger.error("A finding could not be mailed (%s)", type(error).__name__)

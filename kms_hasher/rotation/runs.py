@@ -22,7 +22,7 @@ from django.utils import timezone
 
 from kms_hasher import history
 from kms_hasher.exceptions import KMSHasherError, RotationCancelled, RotationRefused
-from kms_hasher.models import Key, RotationRun, RotationShard
+from kms_hasher.models import Key, RotationRun, RotationShard, in_english
 from kms_hasher.rotation import shards
 
 State = RotationRun.State
@@ -188,7 +188,7 @@ def find(run_id: int | None = None) -> RotationRun:
         return found[0]
     if not found:
         raise RotationRefused(NO_RUN)
-    names = "; ".join(f"{run.pk}: {run}, {run.state}" for run in found)
+    names = "; ".join(f"{run.pk}: {in_english(run)}, {run.state}" for run in found)
     raise RotationRefused(WHICH_RUN.format(runs=names))
 
 

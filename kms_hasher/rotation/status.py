@@ -23,7 +23,7 @@ from kms_hasher.exceptions import (
     MalformedHash,
     RotationRefused,
 )
-from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun
+from kms_hasher.models import AliasPeriod, AuditEvent, Key, RotationRun, in_english
 from kms_hasher.providers import base
 from kms_hasher.rotation import keys, permissions, plan, runs
 from kms_hasher.rotation.permissions import DENIED
@@ -368,7 +368,7 @@ def _look_at_last_run(status: Status) -> None:
             return
         state = RotationRun.State.INTERRUPTED
     error = f" ({last.error})" if last.error else ""
-    status.problems.append(LAST_RUN.format(run=last, state=state, error=error))
+    status.problems.append(LAST_RUN.format(run=in_english(last), state=state, error=error))
 
 
 def _counted(status: Status) -> Counter[Group]:

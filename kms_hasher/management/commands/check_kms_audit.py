@@ -16,6 +16,7 @@ from kms_hasher.management.commands.reconcile_kms_audit import (
     NAMED,
     OPEN,
 )
+from kms_hasher.models import in_english
 
 CHECKS_FAILED = "Checks that failed, see the log: {number}."
 
@@ -62,7 +63,7 @@ class Command(BaseCommand):
             self.stdout.write(json.dumps(told, indent=2, cls=DjangoJSONEncoder))
         else:
             for finding in listed:
-                text = f"Finding {finding.pk}: {finding} ({finding.count:,} times)"
+                text = f"Finding {finding.pk}: {in_english(finding)} ({finding.count:,} times)"
                 self.stdout.write(self.style.ERROR(text))
         if failed:
             # In the first place: nobody knows what it would have found.

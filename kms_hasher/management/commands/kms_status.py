@@ -11,6 +11,7 @@ from kms_hasher.audit import seals, segments
 from kms_hasher.columns import Group
 from kms_hasher.exceptions import KMSHasherError
 from kms_hasher.management.commands._walk import duration
+from kms_hasher.models import in_english
 from kms_hasher.rotation import status
 from kms_hasher.rotation.status import KeyStatus, Status
 
@@ -107,7 +108,7 @@ class Command(BaseCommand):
             write(f"data keys: {text}")
         if last := found.last:
             write(
-                f"last run: {last}, {last.get_state_display()}, {last.rewritten:,} rewritten, "
+                f"last run: {in_english(last)}, {last.state}, {last.rewritten:,} rewritten, "
                 f"{last.failed:,} bad"
             )
         if seal := sealing.last:

@@ -14,7 +14,7 @@ from kms_hasher.audit import alarms, findings, holders
 from kms_hasher.audit.reconcile import KINDS, Report, reconcile
 from kms_hasher.exceptions import KMSHasherError
 from kms_hasher.management.commands._walk import _formatter
-from kms_hasher.models import AuditFinding
+from kms_hasher.models import AuditFinding, in_english
 
 #: Exit statuses, besides 0 and 2, argparse's own.
 FAILED, FOUND = 1, 3
@@ -155,7 +155,9 @@ class Command(BaseCommand):
             write(self.style.WARNING(f"Problem: {error}"))
         for finding in listed:
             write(
-                self.style.ERROR(f"Finding {finding.pk}: {finding} ({finding.count:,} times)")
+                self.style.ERROR(
+                    f"Finding {finding.pk}: {in_english(finding)} ({finding.count:,} times)"
+                )
             )
 
 

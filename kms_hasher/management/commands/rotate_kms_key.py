@@ -19,7 +19,7 @@ from kms_hasher.management.commands._walk import (
     positive_int,
     seconds,
 )
-from kms_hasher.models import RotationRun
+from kms_hasher.models import RotationRun, in_english
 from kms_hasher.rotation import costs, keys, plan, rotate, runs, verify
 from kms_hasher.rotation.engine import Options
 from kms_hasher.rotation.plan import Plan
@@ -228,7 +228,7 @@ class Command(WalkCommand):
     def _steer(self, action: str, run_id: int) -> None:
         run = runs.find(run_id)
         self.result.update(run=run.pk, kind=run.kind)
-        name, ended = f"Run {run.pk} ({run})", run.get_state_display()
+        name, ended = f"Run {run.pk} ({in_english(run)})", run.state
         if action == "cancel":
             if not runs.cancel(run):
                 raise RotationRefused(f"{name} is {ended}; there is nothing to cancel.")
