@@ -11,6 +11,7 @@ from django.http import HttpRequest
 from django.utils import formats, timezone
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
+from django.utils.translation import gettext
 
 if TYPE_CHECKING:
     ModelAdmin = admin.ModelAdmin[Any]
@@ -44,6 +45,18 @@ NONE = "\N{EN DASH}"
 def number(value: int) -> str:
     """Return a number as people read it here."""
     return str(formats.number_format(value, force_grouping=True))
+
+
+def per_cent(value: str) -> str:
+    """Return a number that is written already, as per cent."""
+    # No space that a line may break at, which the tools for translations cannot read.
+    text = gettext("%(number)s %%").replace(" ", "\N{NO-BREAK SPACE}")
+    return text % {"number": value}
+
+
+def named(name: str) -> str:
+    """Return a purpose or an outcome in the reader's language."""
+    return gettext(name) if name else ""  # the translation of "" is about the catalogue
 
 
 def time(value: datetime.datetime | None) -> str:

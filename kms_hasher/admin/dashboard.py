@@ -26,7 +26,7 @@ from django.utils.translation import gettext_lazy as _
 
 from kms_hasher import encoding, signals
 from kms_hasher.admin import standing
-from kms_hasher.admin.base import NONE, ON_PAGE, may_view, number, short, time
+from kms_hasher.admin.base import NONE, ON_PAGE, may_view, named, number, per_cent, short, time
 from kms_hasher.admin.events import events_url, outcome
 from kms_hasher.admin.figures import state_of
 from kms_hasher.audit import charts, rollups
@@ -116,7 +116,7 @@ def context(request: HttpRequest) -> dict[str, Any]:
             {"name": name, "value": value, "without": chosen.url(**{field: ""})}
             for field, name, value in (
                 ("key_ref", gettext("key"), _key_id(chosen.key_ref)),
-                ("purpose", gettext("purpose"), gettext(chosen.purpose or NONE)),
+                ("purpose", gettext("purpose"), named(chosen.purpose)),
             )
             if getattr(chosen, field)
         ],
@@ -198,7 +198,7 @@ def _purposes(
     return [
         {
             **_row(figures),
-            "name": gettext(name),
+            "name": named(name),
             "on": name == chosen.purpose,
             "url": chosen.url(purpose=name) if name in signals.PURPOSES else "",
             "events": events_url(**filters, purpose=name),
@@ -227,7 +227,7 @@ def _share(part: int, whole: int) -> str:
         text = "> " + formats.number_format(99.99, 2)
     else:
         text = formats.number_format(percent, 2 if 0 < percent < 100 else 0)
-    return gettext("%(number)s\N{NO-BREAK SPACE}%%") % {"number": text}
+    return per_cent(text)
 
 
 def _since(since: datetime.datetime) -> dict[str, str]:

@@ -29,7 +29,7 @@ from django.utils.translation import gettext_lazy as _
 from django.views.decorators.http import require_GET
 
 from kms_hasher import encoding, signals
-from kms_hasher.admin.base import ON_PAGE, ReadOnlyAdmin, number, short, time
+from kms_hasher.admin.base import ON_PAGE, ReadOnlyAdmin, named, number, short, time
 from kms_hasher.exceptions import MalformedHash
 from kms_hasher.models import AuditEvent, Key
 
@@ -100,7 +100,7 @@ class AuditEventAdmin(ReadOnlyAdmin):
     list_display = (
         "when",
         "operation",
-        "purpose",
+        "purpose_shown",
         "outcome_and_error",
         "key",
         "stored_password",
@@ -119,7 +119,7 @@ class AuditEventAdmin(ReadOnlyAdmin):
     fields = (
         "when",
         "operation",
-        "purpose",
+        "purpose_shown",
         "outcome_shown",
         "error_code",
         "whole_key",
@@ -229,6 +229,10 @@ class AuditEventAdmin(ReadOnlyAdmin):
     def when(self, event: AuditEvent) -> str:
         return time(event.time)
 
+    @admin.display(description=_("purpose"))
+    def purpose_shown(self, event: AuditEvent) -> str:
+        return named(event.purpose)
+
     @admin.display(description=_("outcome"))
     def outcome_shown(self, event: AuditEvent) -> SafeString:
         return outcome(event.outcome)
@@ -272,7 +276,7 @@ def outcome(name: str) -> SafeString:
         '<span class="kms-outcome kms-{}"><svg viewBox="0 0 10 10" aria-hidden="true">'
         '<rect width="10" height="10"/></svg>{}</span>',
         name,
-        gettext(name),
+        named(name),
     )
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from django.db.models import Case, Count, F, Q, Sum, Value, When
 from django.utils import formats, timezone
-from django.utils.translation import gettext
+from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
 
-from kms_hasher.admin.base import NONE, ON_PAGE, number, time
+from kms_hasher.admin.base import NONE, ON_PAGE, number, per_cent, time
 from kms_hasher.models import RotationRun, RotationShard
 from kms_hasher.rotation import runs, shards
 from kms_hasher.rotation.runs import SILENCE
@@ -111,7 +111,7 @@ def progress(run: RotationRun, sums: Sums) -> str:
 
 def percent(part: float) -> str:
     """Return a part as per cent. It is 100 of them only if it is all."""
-    return gettext("%(number)s\N{NO-BREAK SPACE}%%") % {"number": number(int(part * 100))}
+    return per_cent(number(int(part * 100)))
 
 
 def state_of(run: RotationRun) -> str:
@@ -168,9 +168,14 @@ def _seconds(run: RotationRun) -> float:
 
 def _span(seconds: float) -> str:
     try:
-        return str(datetime.timedelta(seconds=round(seconds)))
+        span = datetime.timedelta(seconds=round(seconds))
     except OverflowError:
         return NONE
+    clock = str(datetime.timedelta(seconds=span.seconds))
+    if not span.days:
+        return clock
+    text = ngettext("%(number)s day, %(time)s", "%(number)s days, %(time)s", abs(span.days))
+    return text % {"number": number(span.days), "time": clock}
 
 
 def _per_second(calls: float) -> str:

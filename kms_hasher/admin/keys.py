@@ -13,7 +13,16 @@ from django.utils.translation import gettext, ngettext
 from django.utils.translation import gettext_lazy as _
 
 from kms_hasher import history
-from kms_hasher.admin.base import NONE, ON_PAGE, ReadOnlyAdmin, may_view, number, short, time
+from kms_hasher.admin.base import (
+    NONE,
+    ON_PAGE,
+    ReadOnlyAdmin,
+    may_view,
+    named,
+    number,
+    short,
+    time,
+)
 from kms_hasher.admin.events import events_url, latency, outcome
 from kms_hasher.admin.figures import state_of
 from kms_hasher.exceptions import ConfigurationError
@@ -111,7 +120,7 @@ class KeyAdmin(ReadOnlyAdmin):
                     "pk": event.pk,
                     "time": time(event.time),
                     "operation": event.operation,
-                    "purpose": event.purpose,
+                    "purpose": named(event.purpose),
                     "outcome": outcome(event.outcome),
                     "error_code": event.error_code,
                     "latency": latency(event),

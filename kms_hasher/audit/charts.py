@@ -35,13 +35,16 @@ FAILURES = tuple(name for name in signals.OUTCOMES if name != signals.SUCCESS)
 Series = Mapping[datetime.datetime, Mapping[str, Figures]]
 
 # All in units of the SVG's view box. Whole numbers, so that no locale can spoil them.
-_LEFT, _PLOT = 60, 768
+_LEFT, _PLOT = 72, 768
 _WIDTH = _LEFT + _PLOT + 4
 _LEGEND, _MARKS, _GAP, _TICKS = 46, 14, 30, 24
 _HEIGHTS = (110, 70, 70)
 
 #: So much must be left of the plot for the text of a tick.
 _TICK_WIDTH = 90
+
+#: What the colour and the gap after a text of the legend take, in letters.
+_AROUND = 5
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def draw(
     }
     if latency:
         description += " " + gettext(
+            # xgettext:no-python-format
             "Bars of latency reach from the median to what 95 % of the calls did not exceed."
         )
     if marks:
@@ -150,14 +154,7 @@ def draw(
         "ticks_bottom": panels[-1].bottom,
         "marks": list(_marks(marks, steps)),
         "marks_top": _LEGEND - 18,
-        "legend": [
-            Label(
-                _LEFT + at * (_WIDTH - _LEFT) // len(signals.OUTCOMES),
-                f"{gettext(name)} {number(totals[name])}",
-                name,
-            )
-            for at, name in enumerate(signals.OUTCOMES)
-        ],
+        "legend": _legend(totals),
         "title": title,
         "description": description,
         "head": [
@@ -286,6 +283,16 @@ def _marks(marks: Sequence[Mark], steps: Sequence[Step]) -> Iterable[Label]:
         after = starts[at + 1] if at + 1 < len(starts) else before + (before - starts[at - 1])
         part = min((mark.time - before) / (after - before), 1) if after > before else 0
         yield Label(_LEFT + round(_PLOT * (at + part) / len(starts)), mark.text)
+
+
+def _legend(totals: Mapping[str, int]) -> list[Label]:
+    """Share the width by how long the texts are: in some languages they are longer."""
+    texts = {name: f"{gettext(name)} {number(totals[name])}" for name in signals.OUTCOMES}
+    parts = [len(text) + _AROUND for text in texts.values()]
+    return [
+        Label(_LEFT + (_WIDTH - _LEFT) * sum(parts[:at]) // sum(parts), text, name)
+        for at, (name, text) in enumerate(texts.items())
+    ]
 
 
 def _ticks(starts: Sequence[datetime.datetime], step: str) -> Iterable[Label]:
