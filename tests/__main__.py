@@ -2,9 +2,10 @@
 The test command: `python -m tests [pytest's arguments]`.
 
 Runs the suite on SQLite, and on PostgreSQL and MariaDB where a server and a driver are
-found, and in a browser where Chromium and Playwright are; then checks the coverage.
+found, in a browser where Chromium and Playwright are, and of the translations where GNU
+gettext is; then checks the coverage.
 KMS_HASHER_POSTGRESQL_URL and KMS_HASHER_MARIADB_URL say where the servers are; with
-KMS_HASHER_ALL_DATABASES=1 a missing one, or a missing browser, is a failure.
+KMS_HASHER_ALL_DATABASES=1 a missing one, or a missing browser or gettext, is a failure.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests import browser
+from tests import browser, translating
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,6 +78,8 @@ def main(arguments: list[str]) -> int:
 
     if not browser.find():
         missing.append("a browser: there is no Chromium, or no Playwright")
+    if not translating.find():
+        missing.append("all of the translations: there is no GNU gettext")
 
     coverage = (sys.executable, "-m", "coverage")
     run(*coverage, "erase")
