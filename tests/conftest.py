@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from django.test import Client
 
@@ -13,6 +14,12 @@ from kms_hasher.audit import recorder
 from kms_hasher.providers.base import Provider
 from kms_hasher.signals import Event, kms_event
 from tests import browser, modes
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("tests")
 
 # `tests.__main__` says so where it is left out.
 collect_ignore = [] if browser.find() else ["test_browser.py"]

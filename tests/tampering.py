@@ -29,13 +29,13 @@ def fill(
     gaps: bool = False,
     clock: Callable[[int], datetime.datetime] | None = None,
 ) -> None:
-    """Store events, from the id `first` on if it is given."""
+    """Store events, from the id `first` on if it is given; with `gaps`, one is at the third."""
     last = AuditEvent.objects.order_by("-pk").values_list("pk", flat=True).first() or 0
     id_ = last + 1 if gaps and first is None else first
     rows = []
     for at in range(number):
         if gaps and id_ is not None:
-            id_ += random.choice((0, 0, 0, 1, 2, 40))
+            id_ += 1 if at == 2 else random.choice((0, 0, 0, 1, 2, 40))
         row = AuditEvent(
             pk=id_,
             time=clock(at) if clock else START + datetime.timedelta(milliseconds=at),

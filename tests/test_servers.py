@@ -183,7 +183,9 @@ def check_end(
             if waits:
                 assert login.result(LONG)[0] == 200, server.log.read_text()
             else:
-                assert isinstance(login.exception(LONG), OSError)
+                # It is cut off, or it is answered before its thread is.
+                error = login.exception(LONG)
+                assert isinstance(error, OSError) if error else login.result()[0] == 200
     finally:
         double.latency = 0.0
     assert server.process.wait(LONG) == code, server.log.read_text()

@@ -398,7 +398,7 @@ def test_what_was_dropped_is_left_for_the_next(
     kms: Provider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_users(4)
-    options = Options(concurrency=1, settle=0, rate=5)
+    options = Options(concurrency=1, settle=0, rate=1)
     steps = rotate.rotate(plan.make(new_key=True), options)
     next(steps)
     RotationRun.objects.update(state="paused")
@@ -414,7 +414,7 @@ def test_a_wait_for_kms_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(workers, "PATIENCE", 0.01)
 
     async def task() -> str:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1)
         return "done"
 
     with workers.Workers(1) as pool:
