@@ -15,8 +15,8 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from kms_hasher.audit import retention, rollups, seals, store, verification
-from kms_hasher.exceptions import KMSTimeout
-from kms_hasher.models import AppendOnly, AuditEvent, AuditHour
+from kms_hasher.exceptions import KMSTimeout, SealRefused
+from kms_hasher.models import AppendOnly, AuditEvent, AuditHour, AuditSeal
 from kms_hasher.providers.base import Provider
 from tests.test_audit import event, subs
 
@@ -155,6 +155,40 @@ def test_a_pruning_that_was_killed_is_ended_by_the_next() -> None:
     with pytest.raises(CommandError, match="Kept 3 events"):
         prune("--older-than", "400d")
     assert subs().count("500 days") == 0
+    assert problems() == []
+
+
+@pytest.mark.usefixtures("sealed")
+def test_young_events_do_not_go_by_a_seal_dated_back_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever owns the database dates a seal back, and puts it right while prune counts."""
+    second = AuditSeal.objects.filter(sequence=2)
+    true = second.values_list("sealed_at", flat=True).get()
+    second.update(sealed_at=true - 500 * DAY)
+    number = retention.Prunable.number.fget  # type: ignore[attr-defined]
+
+    def slow(what: retention.Prunable) -> int:
+        found: int = number(what)
+        second.update(sealed_at=true)
+        return found
+
+    monkeypatch.setattr(retention.Prunable, "number", property(slow))
+    prune("--older-than", "400d", "--force")
+    (problem,) = problems()
+    assert "said to be pruned up to segment 2" in problem
+    with pytest.raises(SealRefused, match="said to be pruned"):
+        list(seals.seal(settle=0))
+
+
+@pytest.mark.usefixtures("sealed")
+def test_a_seal_that_is_not_old_enough_is_not_pruned() -> None:
+    cutoff = timezone.now() - 400 * DAY
+    young = AuditSeal.objects.get(sequence=2)
+    what = retention.prunable(cutoff)._replace(seal=young)
+    with pytest.raises(SealRefused, match="Seal 2 is not older than"):
+        list(retention.prune(what))
+    assert subs().count("12 days") == 2
     assert problems() == []
 
 

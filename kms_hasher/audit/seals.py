@@ -48,7 +48,7 @@ PRUNING_FORGED = (
 PRUNING_GONE = "the former pruning, up to segment {sequence}, is no longer told"
 NOT_LATE = "Event {id} cannot be admitted: it is not there, or sealed, or not sealed yet."
 TOO_MANY = "At most {number} events can be admitted at a time."
-NO_SEAL = "There is no seal {sequence}."
+TOO_YOUNG = "Seal {sequence} is not older than {cutoff:%Y-%m-%d %H:%M}: its events stay."
 
 logger = logging.getLogger("kms_hasher.audit")
 
@@ -236,30 +236,31 @@ def prunable_before(cutoff: datetime.datetime) -> int:
     return last.sequence if last else 0
 
 
-def mark_pruned(upto: int) -> AuditSeal:
+def mark_pruned(seal: AuditSeal, cutoff: datetime.datetime) -> AuditSeal:
     """
-    Record, here and by anchors in KMS, that the events of the segments up to `upto` are given
-    up; return the seal of the last one. To be called before they are deleted.
+    Record, here and by anchors in KMS, that the events of the segments up to the seal's are
+    given up; return the seal of the last one. To be called before they are deleted.
 
     What is to be deleted afterwards, now or after a crash, are `segments.pruned_events` of that
     seal. If as much was pruned before, nothing is done. The seals stay. Raises `SealRefused`
-    if there is no such segment, and `KMSError`.
+    if the seal is not older than `cutoff`, and `KMSError`.
     """
-    found = segments.seals().filter(sequence=upto).first()
-    if found is None:
-        raise SealRefused(NO_SEAL.format(sequence=upto))
+    # What is anchored is the seal as it is looked at here, its time with it. Read once more,
+    # it might be another: dated back while it was chosen, and put right by now.
+    if seal.sealed_at >= cutoff:
+        raise SealRefused(TOO_YOUNG.format(sequence=seal.sequence, cutoff=cutoff))
     former = segments.pruned()
-    if former and former.sequence >= upto:
+    if former and former.sequence >= seal.sequence:
         return former
-    found.pruned_at = timezone.now()
-    found.pruning_anchors = anchors.of_pruning(found)
-    earlier = segments.seals().filter(sequence__lt=upto)
+    seal.pruned_at = timezone.now()
+    seal.pruning_anchors = anchors.of_pruning(seal)
+    earlier = segments.seals().filter(sequence__lt=seal.sequence)
     with transaction.atomic(using=segments.database()):
-        found.save(using=segments.database(), update_fields=["pruned_at", "pruning_anchors"])
+        seal.save(using=segments.database(), update_fields=["pruned_at", "pruning_anchors"])
         earlier.exclude(pruned_at=None).update(pruned_at=None, pruning_anchors={})
     if former and not segments.pruned_events(former).exists():
         earlier.filter(sequence__lte=former.sequence).update(leaves=b"")
-    return found
+    return seal
 
 
 # --- how it stands ------------------------------------------------------------------
