@@ -79,17 +79,17 @@ def prune(what: Prunable, batch: int = BATCH) -> Iterator[int]:
         # After a run that was killed, what it had not come to goes as well.
         seal = seals.mark_pruned(what.seal, what.cutoff)
         yield from _delete(segments.pruned_events(seal), batch)
-    if what.loose is None:
-        return
-    events = what.loose.order_by("time", "pk")
-    while True:
-        last = events.values_list("time", "pk")[batch - 1 : batch].first()
-        some = events
-        if last:
-            time, pk = last
-            # The first of these is what the index on the time is for.
-            some = events.filter(time__lte=time).filter(Q(time__lt=time) | Q(pk__lte=pk))
-        deleted = some.order_by()._prune()
+    while what.loose is not None:
+        # A seal made since the last batch keeps what it covers.
+        with seals.paused() as sealed:
+            events = what.loose.filter(pk__gt=sealed).order_by("time", "pk")
+            last = events.values_list("time", "pk")[batch - 1 : batch].first()
+            some = events
+            if last:
+                time, pk = last
+                # The first of these is what the index on the time is for.
+                some = events.filter(time__lte=time).filter(Q(time__lt=time) | Q(pk__lte=pk))
+            deleted = some.order_by()._prune()
         if deleted:
             yield deleted
         if not last:

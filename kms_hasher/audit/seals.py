@@ -23,6 +23,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from django.db import IntegrityError, connections, transaction
+from django.db.models import F
 from django.utils import timezone
 
 from kms_hasher import conf
@@ -36,7 +37,8 @@ SEGMENT = 65_536
 #: Events that can be admitted to one segment.
 ADMITTED = 1_000
 
-OVERTAKEN = "Another sealer was faster; it seals what there is."
+OVERTAKEN = "Another sealer was faster, or unsealed events are being pruned. Try again later."
+PRUNED_MEANWHILE = "Events that were to be sealed were pruned meanwhile. Try again."
 FORGED = (
     "The newest seal ({sequence}) cannot be built on: {problem}. Look with verify_kms_audit; "
     "--unchecked goes on all the same."
@@ -181,6 +183,8 @@ def _close(
         try:
             with transaction.atomic(using=segments.database()):
                 made.save(using=segments.database(), force_insert=True)
+                if segments.number(made) < made.count:  # see `paused`
+                    raise SealRefused(PRUNED_MEANWHILE)
         except IntegrityError:
             raise SealRefused(OVERTAKEN) from None
     return made
@@ -261,6 +265,46 @@ def mark_pruned(seal: AuditSeal, cutoff: datetime.datetime) -> AuditSeal:
     if former and not segments.pruned_events(former).exists():
         earlier.filter(sequence__lte=former.sequence).update(leaves=b"")
     return seal
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[int]:
+    """
+    Let no seal be made during the block, a transaction; give the id up to which all is sealed.
+
+    What is deleted in it above that id is in no seal, and will be in none: a sealer that locks
+    the newest seal while it works is waited for, and another comes to its insert only after the
+    block, and counts the events once more.
+    """
+    while True:
+        last = segments.newest()
+        with transaction.atomic(using=segments.database()):
+            if last is None:
+                first = _take_first()
+                if first is None:
+                    continue
+                yield canonical.FLOOR
+                first.delete()
+                return
+            # Locks it on every database.
+            segments.seals().filter(pk=last.pk).update(sequence=F("sequence"))
+            if segments.newest() == last:
+                yield last.last_id
+                return
+
+
+def _take_first() -> AuditSeal | None:
+    """Return a row in the place of the first seal, for a moment; None if that was made."""
+    database = segments.database()
+    first = AuditSeal(
+        sequence=1, version=0, sealed_at=timezone.now(), after_id=0, last_id=0, count=0
+    )
+    try:
+        with transaction.atomic(using=database):
+            first.save(using=database, force_insert=True)
+    except IntegrityError:
+        return None
+    return first
 
 
 # --- how it stands ------------------------------------------------------------------
