@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.contrib.auth.hashers import make_password
@@ -18,9 +19,10 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from kms_hasher import calls, data_keys, encoding, history, keyring, signals
-from kms_hasher.audit import alarms, findings, reconcile
+from kms_hasher.audit import alarms, findings, reconcile, retention, seals
 from kms_hasher.audit.reconcile import Report
 from kms_hasher.exceptions import ConfigurationError, TrailError
 from kms_hasher.models import (
@@ -374,6 +376,57 @@ def test_what_is_too_fresh_or_too_old_is_not_judged(tmp_path: Path) -> None:
     report = compare(tmp_path)
     assert (report.waiting, report.unknown) == (0, 1)
     assert unknown() == {fresh["eventID"]}
+
+
+def days(number: float) -> datetime.datetime:
+    return at(number * 24 * 60)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outcome": signals.DENIED, "error_code": "InvalidSignatureException"},
+        {"outcome": signals.UNAVAILABLE, "request_ids": ""},
+        {"operation": "Parse", "outcome": signals.INVALID, "request_ids": ""},
+    ],
+)
+def test_an_event_of_a_clock_in_the_past_makes_no_old_call_unknown(
+    tmp_path: Path, changes: dict[str, str]
+) -> None:
+    """KMS answers no call of such a clock."""
+    made(datetime.datetime(1970, 1, 2, tzinfo=UTC), **changes)
+    old = [record(days(-each), sub=new_sub()) for each in range(1, 4)]
+    strange = record(at(7), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(10), [*old, *traffic(), strange])
+    report = compare(tmp_path)
+    assert (report.early, report.unknown) == (3, 1)
+    assert unknown() == {strange["eventID"]}
+
+
+def test_where_no_call_was_answered_none_is_too_old(tmp_path: Path) -> None:
+    made(at(5), outcome=signals.DENIED, error_code="AccessDeniedException")
+    strange = record(days(-9), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(10), [strange])
+    assert compare(tmp_path).unknown == 1
+
+
+def test_calls_as_old_as_what_was_pruned_are_not_judged(tmp_path: Path) -> None:
+    """An old event that was admitted late outlives the others of its time."""
+    old = [made(days(-9) + datetime.timedelta(minutes=each)) for each in range(5)]
+    late = AuditEvent.objects.filter(pk=old[1].pk)
+    late._raw_delete("default")
+    with mock.patch.object(timezone, "now", lambda: days(-8)):
+        list(seals.seal(settle=0))
+    late.bulk_create([old[1]])
+    with mock.patch.object(timezone, "now", lambda: days(-1)):
+        list(seals.seal(settle=0, admit=[old[1].pk]))
+    list(retention.prune(retention.prunable(days(-7))))
+    assert list(AuditEvent.objects.filter(time__lt=days(-8))) == [old[1]]
+    strange = record(days(-8) + datetime.timedelta(minutes=1), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(10), [*map(seen, old), strange, *traffic()])
+    report = compare(tmp_path)
+    assert (report.early, report.matched) == (4, 31)
+    assert unknown() == {strange["eventID"]}
 
 
 # --- attempts without an answer -----------------------------------------------------
