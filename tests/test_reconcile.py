@@ -22,8 +22,9 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from kms_hasher import calls, data_keys, encoding, history, keyring, signals
-from kms_hasher.audit import alarms, findings, reconcile, retention, seals
+from kms_hasher.audit import alarms, attempts, findings, reconcile, retention, seals
 from kms_hasher.audit.reconcile import Report
+from kms_hasher.audit.workspace import Workspace
 from kms_hasher.exceptions import ConfigurationError, TrailError
 from kms_hasher.models import (
     AuditEvent,
@@ -525,6 +526,84 @@ def test_no_call_hides_behind_one_that_was_not_made(tmp_path: Path) -> None:
     write(tmp_path, at(10), [*traffic(), strange, other])
     compare(tmp_path)
     assert unknown() == {strange["eventID"], other["eventID"]}
+
+
+def many_timed_out(number: int, minutes: float, step: float, **changes: Any) -> str:
+    """Store events of one stored password that got no answer; return its `sub`."""
+    sub, values = new_sub(), {"request_ids": "", "latency_us": 4_000_000, "key_ref": ""}
+    AuditEvent.objects.bulk_create(
+        AuditEvent(
+            time=at(minutes + step * each),
+            operation="Decrypt",
+            outcome=signals.UNAVAILABLE,
+            sub=sub,
+            **{**values, **changes},
+        )
+        for each in range(number)
+    )
+    return sub
+
+
+@pytest.mark.parametrize("request_ids", ["", "a b"])
+def test_many_attempts_in_vain_are_not_gone_through_for_each_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_ids: str
+) -> None:
+    asked: list[int] = []
+    take = Workspace.take
+
+    def counted(space: Workspace, event: int, capacity: int) -> bool:
+        asked.append(event)
+        return take(space, event, capacity)
+
+    monkeypatch.setattr(Workspace, "take", counted)
+    sub = many_timed_out(300, 5, 0, request_ids=request_ids)
+    write(tmp_path, at(10), [*traffic(), *(record(at(5), sub=sub) for _ in range(650))])
+    report = compare(tmp_path)
+    matched = 0 if request_ids else 600
+    assert (report.attempts, report.unknown) == (matched, 650 - matched)
+    assert len(asked) <= 650 + 2 * 300  # in two pages
+
+
+def test_no_more_events_are_in_memory_than_of_half_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    read = attempts._read
+
+    def counted(where: Any) -> Any:
+        rows = list(read(where))
+        loaded.append(len(rows))
+        return iter(rows)
+
+    monkeypatch.setattr(attempts, "_read", counted)
+    sub = many_timed_out(600, 0, 1)
+    calls = [record(at(each) - datetime.timedelta(seconds=2), sub=sub) for each in range(600)]
+    write(tmp_path, at(600), [*traffic(), *calls])
+    assert compare(tmp_path).attempts == 600
+    assert max(loaded) <= 32
+    assert sum(loaded) <= 2 * 600 + 30
+
+
+def test_the_nearest_attempt_in_vain_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    take = Workspace.take
+
+    def noted(space: Workspace, event: int, capacity: int) -> bool:
+        done = take(space, event, capacity)
+        taken.extend([event] * done)
+        return done
+
+    monkeypatch.setattr(Workspace, "take", noted)
+    near = timed_out(5)
+    long = timed_out(8, sub=near.sub, latency_us=200_000_000)
+    timed_out(7.9, sub=near.sub)  # began later than all calls
+    calls = [attempt(near, seconds) for seconds in (-5, -4, -3, 60, 61)]
+    write(tmp_path, at(10), [*traffic(), *calls])
+    compare(tmp_path)
+    assert taken == [near.pk, near.pk, long.pk, long.pk]
+    assert unknown() == {calls[-1]["eventID"]}
 
 
 def test_without_a_sub_operation_key_and_time_decide(tmp_path: Path) -> None:
