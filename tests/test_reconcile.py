@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from django.contrib.auth.hashers import make_password
@@ -18,10 +19,12 @@ from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from kms_hasher import calls, data_keys, encoding, history, keyring, signals
-from kms_hasher.audit import alarms, findings, reconcile
+from kms_hasher.audit import alarms, attempts, findings, reconcile, retention, seals
 from kms_hasher.audit.reconcile import Report
+from kms_hasher.audit.workspace import Workspace
 from kms_hasher.exceptions import ConfigurationError, TrailError
 from kms_hasher.models import (
     AuditEvent,
@@ -376,6 +379,57 @@ def test_what_is_too_fresh_or_too_old_is_not_judged(tmp_path: Path) -> None:
     assert unknown() == {fresh["eventID"]}
 
 
+def days(number: float) -> datetime.datetime:
+    return at(number * 24 * 60)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outcome": signals.DENIED, "error_code": "InvalidSignatureException"},
+        {"outcome": signals.UNAVAILABLE, "request_ids": ""},
+        {"operation": "Parse", "outcome": signals.INVALID, "request_ids": ""},
+    ],
+)
+def test_an_event_of_a_clock_in_the_past_makes_no_old_call_unknown(
+    tmp_path: Path, changes: dict[str, str]
+) -> None:
+    """KMS answers no call of such a clock."""
+    made(datetime.datetime(1970, 1, 2, tzinfo=UTC), **changes)
+    old = [record(days(-each), sub=new_sub()) for each in range(1, 4)]
+    strange = record(at(7), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(10), [*old, *traffic(), strange])
+    report = compare(tmp_path)
+    assert (report.early, report.unknown) == (3, 1)
+    assert unknown() == {strange["eventID"]}
+
+
+def test_where_no_call_was_answered_none_is_too_old(tmp_path: Path) -> None:
+    made(at(5), outcome=signals.DENIED, error_code="AccessDeniedException")
+    strange = record(days(-9), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(10), [strange])
+    assert compare(tmp_path).unknown == 1
+
+
+def test_calls_as_old_as_what_was_pruned_are_not_judged(tmp_path: Path) -> None:
+    """An old event that was admitted late outlives the others of its time."""
+    old = [made(days(-9) + datetime.timedelta(minutes=each)) for each in range(5)]
+    late = AuditEvent.objects.filter(pk=old[1].pk)
+    late._raw_delete("default")
+    with mock.patch.object(timezone, "now", lambda: days(-8)):
+        list(seals.seal(settle=0))
+    late.bulk_create([old[1]])
+    with mock.patch.object(timezone, "now", lambda: days(-1)):
+        list(seals.seal(settle=0, admit=[old[1].pk]))
+    list(retention.prune(retention.prunable(days(-7))))
+    assert list(AuditEvent.objects.filter(time__lt=days(-8))) == [old[1]]
+    strange = record(days(-8) + datetime.timedelta(minutes=1), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(10), [*map(seen, old), strange, *traffic()])
+    report = compare(tmp_path)
+    assert (report.early, report.matched) == (4, 31)
+    assert unknown() == {strange["eventID"]}
+
+
 # --- attempts without an answer -----------------------------------------------------
 
 
@@ -472,6 +526,84 @@ def test_no_call_hides_behind_one_that_was_not_made(tmp_path: Path) -> None:
     write(tmp_path, at(10), [*traffic(), strange, other])
     compare(tmp_path)
     assert unknown() == {strange["eventID"], other["eventID"]}
+
+
+def many_timed_out(number: int, minutes: float, step: float, **changes: Any) -> str:
+    """Store events of one stored password that got no answer; return its `sub`."""
+    sub, values = new_sub(), {"request_ids": "", "latency_us": 4_000_000, "key_ref": ""}
+    AuditEvent.objects.bulk_create(
+        AuditEvent(
+            time=at(minutes + step * each),
+            operation="Decrypt",
+            outcome=signals.UNAVAILABLE,
+            sub=sub,
+            **{**values, **changes},
+        )
+        for each in range(number)
+    )
+    return sub
+
+
+@pytest.mark.parametrize("request_ids", ["", "a b"])
+def test_many_attempts_in_vain_are_not_gone_through_for_each_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_ids: str
+) -> None:
+    asked: list[int] = []
+    take = Workspace.take
+
+    def counted(space: Workspace, event: int, capacity: int) -> bool:
+        asked.append(event)
+        return take(space, event, capacity)
+
+    monkeypatch.setattr(Workspace, "take", counted)
+    sub = many_timed_out(300, 5, 0, request_ids=request_ids)
+    write(tmp_path, at(10), [*traffic(), *(record(at(5), sub=sub) for _ in range(650))])
+    report = compare(tmp_path)
+    matched = 0 if request_ids else 600
+    assert (report.attempts, report.unknown) == (matched, 650 - matched)
+    assert len(asked) <= 650 + 2 * 300  # in two pages
+
+
+def test_no_more_events_are_in_memory_than_of_half_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    read = attempts._read
+
+    def counted(where: Any) -> Any:
+        rows = list(read(where))
+        loaded.append(len(rows))
+        return iter(rows)
+
+    monkeypatch.setattr(attempts, "_read", counted)
+    sub = many_timed_out(600, 0, 1)
+    calls = [record(at(each) - datetime.timedelta(seconds=2), sub=sub) for each in range(600)]
+    write(tmp_path, at(600), [*traffic(), *calls])
+    assert compare(tmp_path).attempts == 600
+    assert max(loaded) <= 32
+    assert sum(loaded) <= 2 * 600 + 30
+
+
+def test_the_nearest_attempt_in_vain_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    take = Workspace.take
+
+    def noted(space: Workspace, event: int, capacity: int) -> bool:
+        done = take(space, event, capacity)
+        taken.extend([event] * done)
+        return done
+
+    monkeypatch.setattr(Workspace, "take", noted)
+    near = timed_out(5)
+    long = timed_out(8, sub=near.sub, latency_us=200_000_000)
+    timed_out(7.9, sub=near.sub)  # began later than all calls
+    calls = [attempt(near, seconds) for seconds in (-5, -4, -3, 60, 61)]
+    write(tmp_path, at(10), [*traffic(), *calls])
+    compare(tmp_path)
+    assert taken == [near.pk, near.pk, long.pk, long.pk]
+    assert unknown() == {calls[-1]["eventID"]}
 
 
 def test_without_a_sub_operation_key_and_time_decide(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import StringIO
 from typing import Any
 
@@ -14,9 +18,9 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
-from kms_hasher.audit import retention, rollups, seals, store, verification
-from kms_hasher.exceptions import KMSTimeout
-from kms_hasher.models import AppendOnly, AuditEvent, AuditHour
+from kms_hasher.audit import anchors, retention, rollups, seals, segments, store, verification
+from kms_hasher.exceptions import KMSTimeout, SealRefused
+from kms_hasher.models import AppendOnly, AuditEvent, AuditHour, AuditSeal
 from kms_hasher.providers.base import Provider
 from tests.test_audit import event, subs
 
@@ -24,10 +28,15 @@ DAY = datetime.timedelta(days=1)
 
 pytestmark = pytest.mark.django_db
 
+durable = pytest.mark.django_db(transaction=True)
+server_only = pytest.mark.skipif(
+    connection.vendor == "sqlite", reason="SQLite has one writer at a time"
+)
+
 
 def write(days: float, number: int = 1) -> None:
-    time = timezone.now() - days * DAY
-    store.write([event(time=time, sub=f"{days:g} days") for _ in range(number)])
+    then = timezone.now() - days * DAY
+    store.write([event(time=then, sub=f"{days:g} days") for _ in range(number)])
 
 
 def prune(*args: str) -> tuple[str, str]:
@@ -53,7 +62,7 @@ def test_no_statement_deletes_more_than_a_batch_or_names_each_event() -> None:
     what = retention.prunable(timezone.now())
     with CaptureQueriesContext(connection) as captured:
         list(retention.prune(what, 3))
-    assert max(len(query["sql"]) for query in captured.captured_queries) < 700
+    assert max(len(query["sql"]) for query in captured.captured_queries) < 800
     assert not AuditEvent.objects.exists()
 
 
@@ -155,6 +164,180 @@ def test_a_pruning_that_was_killed_is_ended_by_the_next() -> None:
     with pytest.raises(CommandError, match="Kept 3 events"):
         prune("--older-than", "400d")
     assert subs().count("500 days") == 0
+    assert problems() == []
+
+
+@pytest.mark.usefixtures("sealed")
+def test_young_events_do_not_go_by_a_seal_dated_back_for_a_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever owns the database dates a seal back, and puts it right while prune counts."""
+    second = AuditSeal.objects.filter(sequence=2)
+    true = second.values_list("sealed_at", flat=True).get()
+    second.update(sealed_at=true - 500 * DAY)
+    number = retention.Prunable.number.fget  # type: ignore[attr-defined]
+
+    def slow(what: retention.Prunable) -> int:
+        found: int = number(what)
+        second.update(sealed_at=true)
+        return found
+
+    monkeypatch.setattr(retention.Prunable, "number", property(slow))
+    prune("--older-than", "400d", "--force")
+    (problem,) = problems()
+    assert "said to be pruned up to segment 2" in problem
+    with pytest.raises(SealRefused, match="said to be pruned"):
+        list(seals.seal(settle=0))
+
+
+@pytest.mark.usefixtures("sealed")
+def test_a_seal_that_is_not_old_enough_is_not_pruned() -> None:
+    cutoff = timezone.now() - 400 * DAY
+    young = AuditSeal.objects.get(sequence=2)
+    what = retention.prunable(cutoff)._replace(seal=young)
+    with pytest.raises(SealRefused, match="Seal 2 is not older than"):
+        list(retention.prune(what))
+    assert subs().count("12 days") == 2
+    assert problems() == []
+
+
+# --- beside a sealer ----------------------------------------------------------------
+
+
+def loose(force: bool, batch: int = 2) -> Iterator[int]:
+    """Store events with an old time and prune them as they are: with `force` or no seal."""
+    if force:
+        write(12)
+        seal()
+    write(500, number=7)
+    return retention.prune(retention.prunable(timezone.now() - 400 * DAY, force=force), batch)
+
+
+def seal() -> None:
+    list(seals.seal(settle=0))
+
+
+def in_thread(function: Callable[[], Any]) -> Future[Any]:
+    """Start it on a connection of its own."""
+
+    def run() -> Any:
+        try:
+            return function()
+        finally:
+            connection.close()
+
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(run)
+    pool.shutdown(wait=False)
+    return future
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_sealed_while_prune_runs_stays(force: bool, kms: Provider) -> None:
+    steps = loose(force)
+    assert next(steps) == 2
+    seal()
+    left = AuditEvent.objects.filter(sub="500 days").count()
+    write(500)  # by a clock of the past, and not sealed
+    assert list(steps) == [1]
+    assert AuditEvent.objects.filter(sub="500 days").count() == left == 5
+    assert problems() == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_sealed_as_a_batch_begins_stays(
+    force: bool, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, newest = loose(force), segments.newest
+
+    def slow() -> AuditSeal | None:
+        monkeypatch.setattr(segments, "newest", newest)
+        found = newest()
+        seal()
+        return found
+
+    monkeypatch.setattr(segments, "newest", slow)
+    assert list(steps) == []
+    assert subs().count("500 days") == 7
+    assert problems() == []
+
+
+@durable
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_pruned_while_it_is_sealed_is_in_no_seal(
+    force: bool, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sealer has read the events, and is asking KMS."""
+    steps, of_seal = loose(force), anchors.of_seal
+    pruning: list[Future[Any]] = []
+
+    def slow(made: AuditSeal) -> dict[str, str]:
+        monkeypatch.setattr(anchors, "of_seal", of_seal)
+        anchored = of_seal(made)
+        if connection.vendor == "sqlite":  # its database in memory has one connection
+            pruning.append(Future())
+            pruning[0].set_result(sum(steps))
+        else:
+            pruning.append(in_thread(lambda: sum(steps)))
+            wait(pruning, timeout=1)
+        return anchored
+
+    monkeypatch.setattr(anchors, "of_seal", slow)
+    if connection.vendor != "sqlite" and force:  # prune waits
+        seal()
+        assert pruning[0].result(30) == 0
+    else:
+        with pytest.raises(SealRefused, match="pruned meanwhile"):
+            seal()
+        assert pruning[0].result(30) == 7
+        assert AuditSeal.objects.count() == force
+        seal()
+    assert problems() == []
+
+
+@durable
+@server_only
+@pytest.mark.parametrize("force", [False, True])
+def test_a_sealer_waits_for_a_batch_that_is_not_committed(
+    force: bool, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, prune_ = loose(force, batch=100), AppendOnly._prune
+    deleted, sealing = threading.Event(), threading.Event()
+
+    def slow(events: AppendOnly) -> int:
+        number = prune_(events)
+        deleted.set()
+        sealing.wait(1)  # the sealer has come to where it waits by then
+        return number
+
+    monkeypatch.setattr(AppendOnly, "_prune", slow)
+    pruning = in_thread(lambda: sum(steps))
+    assert deleted.wait(10)
+    with contextlib.suppress(SealRefused):
+        seal()
+    assert pruning.result(30) == 7
+    seal()
+    assert problems() == []
+
+
+@durable
+@server_only
+@pytest.mark.parametrize("force", [False, True])
+def test_a_batch_waits_for_a_seal_that_is_not_committed(
+    force: bool, kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, save = loose(force, batch=100), AuditSeal.save
+    pruning: list[Future[Any]] = []
+
+    def slow(made: AuditSeal, **options: Any) -> None:
+        save(made, **options)
+        monkeypatch.setattr(AuditSeal, "save", save)
+        pruning.append(in_thread(lambda: sum(steps)))
+        wait(pruning, timeout=0.5)  # it has come to where it waits by then
+
+    monkeypatch.setattr(AuditSeal, "save", slow)
+    seal()
+    assert pruning[0].result(30) == 0
     assert problems() == []
 
 

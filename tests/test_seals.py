@@ -839,8 +839,13 @@ def test_only_late_events_are_admitted(log: None) -> None:
 # --- pruning ------------------------------------------------------------------------
 
 
+def mark_pruned(upto: int) -> AuditSeal:
+    later = timezone.now() + datetime.timedelta(days=1)
+    return seals.mark_pruned(segments.seals().get(sequence=upto), later)
+
+
 def prune(upto: int) -> None:
-    segments.pruned_events(seals.mark_pruned(upto))._raw_delete("default")
+    segments.pruned_events(mark_pruned(upto))._raw_delete("default")
 
 
 def test_pruned_segments_keep_their_seal(log: None) -> None:
@@ -860,7 +865,7 @@ def test_pruned_segments_keep_their_seal(log: None) -> None:
 
 
 def test_a_pruning_cut_short_raises_no_alarm(log: None) -> None:
-    seals.mark_pruned(2)
+    mark_pruned(2)
     assert kinds() == {}
     raw(AuditEvent, "DELETE FROM {table} WHERE id = %s", ids()[4])
     assert kinds() == {}
@@ -944,8 +949,8 @@ def test_what_can_be_pruned_is_told_by_the_time_of_the_seal(log: None) -> None:
     assert seals.prunable_before(now + datetime.timedelta(days=1)) == 3
     second = AuditSeal.objects.get(sequence=2)
     assert seals.prunable_before(second.sealed_at) == 1
-    with pytest.raises(exceptions.SealRefused, match="no seal 9"):
-        seals.mark_pruned(9)
+    with pytest.raises(exceptions.SealRefused, match="Seal 2 is not older than"):
+        seals.mark_pruned(second, second.sealed_at)
 
 
 def test_nothing_can_be_pruned_before_anything_is_sealed() -> None:

@@ -18,7 +18,15 @@ from dataclasses import dataclass, field
 from django.db.models import Q, QuerySet
 
 from kms_hasher import conf, signals
-from kms_hasher.audit import alarms, attempts, evidence, findings, holders, workspace
+from kms_hasher.audit import (
+    alarms,
+    attempts,
+    evidence,
+    findings,
+    holders,
+    segments,
+    workspace,
+)
 from kms_hasher.audit.cloudtrail import Call
 from kms_hasher.audit.site import is_ours, of_seconds, seconds_of, utc
 from kms_hasher.audit.trail import LATE, SETTLE, SKEW, Range, Trail
@@ -229,8 +237,7 @@ def _leaves_a_record(event: AuditEvent) -> bool:
 
 def _judge(space: Workspace, times: Range, report: Report) -> list[int]:
     """Count the calls that were not matched; return findings of those nobody here made."""
-    first = AuditEvent.objects.order_by("time").values_list("time", flat=True).first()
-    begun = seconds_of(first) - SKEW if first else None
+    begun = _begun()
     unknown = evidence.Unknown()
     for page in space.unmatched():
         for call in page:
@@ -240,6 +247,22 @@ def _judge(space: Workspace, times: Range, report: Report) -> list[int]:
                 unknown.add(call)
     stored, report.new = unknown.store()
     return stored
+
+
+def _begun() -> int | None:
+    """
+    Return since when the audit knows of all calls, None if that cannot be told.
+
+    Only answered calls tell when it began: KMS answers none by a clock that is far off, and one
+    such event would have all calls before the audit unknown. What was pruned is older than its
+    seal, and what was not may be older still.
+    """
+    known = []
+    if first := _answered().order_by("time").first():
+        known.append(seconds_of(first.time) - SKEW)
+    if pruned := segments.pruned():
+        known.append(seconds_of(pruned.sealed_at))
+    return max(known, default=None)
 
 
 def _kind(call: Call, times: Range, begun: int | None) -> str:

@@ -32,10 +32,11 @@ SETTLED = datetime.timedelta(hours=1)
 
 class Prunable(NamedTuple):
     """
-    What may be pruned: of sealed events all up to `seal`, and the `loose` ones that no seal
-    needs; and how many older events are `kept`, as no seal covers them yet.
+    What may be pruned of the events older than `cutoff`: of sealed ones all up to `seal`, and
+    the `loose` ones that no seal needs; and how many are `kept`, as no seal covers them yet.
     """
 
+    cutoff: datetime.datetime
     seal: AuditSeal | None
     loose: AppendOnly | None
     kept: int
@@ -58,13 +59,13 @@ def prunable(cutoff: datetime.datetime, *, force: bool = False) -> Prunable:
     newest = segments.newest()
     older = _older(cutoff)
     if newest is None:
-        return Prunable(None, older, 0)
+        return Prunable(cutoff, None, older, 0)
     upto = seals.prunable_before(cutoff)
     seal = segments.seals().filter(sequence=upto).first()
     unsealed = older.filter(pk__gt=newest.last_id)
     if force:
-        return Prunable(seal, unsealed, 0)
-    return Prunable(seal, None, unsealed.count())
+        return Prunable(cutoff, seal, unsealed, 0)
+    return Prunable(cutoff, seal, None, unsealed.count())
 
 
 def prune(what: Prunable, batch: int = BATCH) -> Iterator[int]:
@@ -72,23 +73,23 @@ def prune(what: Prunable, batch: int = BATCH) -> Iterator[int]:
     Delete the events, the oldest first; yield how many in each batch.
 
     Of sealed ones it is first recorded, in KMS too, that they are given up. Raises `KMSError`
-    before anything is deleted.
+    or `SealRefused` before anything is deleted.
     """
     if what.seal:
         # After a run that was killed, what it had not come to goes as well.
-        seal = seals.mark_pruned(what.seal.sequence)
+        seal = seals.mark_pruned(what.seal, what.cutoff)
         yield from _delete(segments.pruned_events(seal), batch)
-    if what.loose is None:
-        return
-    events = what.loose.order_by("time", "pk")
-    while True:
-        last = events.values_list("time", "pk")[batch - 1 : batch].first()
-        some = events
-        if last:
-            time, pk = last
-            # The first of these is what the index on the time is for.
-            some = events.filter(time__lte=time).filter(Q(time__lt=time) | Q(pk__lte=pk))
-        deleted = some.order_by()._prune()
+    while what.loose is not None:
+        # A seal made since the last batch keeps what it covers.
+        with seals.paused() as sealed:
+            events = what.loose.filter(pk__gt=sealed).order_by("time", "pk")
+            last = events.values_list("time", "pk")[batch - 1 : batch].first()
+            some = events
+            if last:
+                time, pk = last
+                # The first of these is what the index on the time is for.
+                some = events.filter(time__lte=time).filter(Q(time__lt=time) | Q(pk__lte=pk))
+            deleted = some.order_by()._prune()
         if deleted:
             yield deleted
         if not last:

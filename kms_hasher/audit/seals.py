@@ -23,6 +23,7 @@ from hashlib import sha256
 from typing import NamedTuple
 
 from django.db import IntegrityError, connections, transaction
+from django.db.models import F
 from django.utils import timezone
 
 from kms_hasher import conf
@@ -36,7 +37,8 @@ SEGMENT = 65_536
 #: Events that can be admitted to one segment.
 ADMITTED = 1_000
 
-OVERTAKEN = "Another sealer was faster; it seals what there is."
+OVERTAKEN = "Another sealer was faster, or unsealed events are being pruned. Try again later."
+PRUNED_MEANWHILE = "Events that were to be sealed were pruned meanwhile. Try again."
 FORGED = (
     "The newest seal ({sequence}) cannot be built on: {problem}. Look with verify_kms_audit; "
     "--unchecked goes on all the same."
@@ -48,7 +50,7 @@ PRUNING_FORGED = (
 PRUNING_GONE = "the former pruning, up to segment {sequence}, is no longer told"
 NOT_LATE = "Event {id} cannot be admitted: it is not there, or sealed, or not sealed yet."
 TOO_MANY = "At most {number} events can be admitted at a time."
-NO_SEAL = "There is no seal {sequence}."
+TOO_YOUNG = "Seal {sequence} is not older than {cutoff:%Y-%m-%d %H:%M}: its events stay."
 
 logger = logging.getLogger("kms_hasher.audit")
 
@@ -181,6 +183,8 @@ def _close(
         try:
             with transaction.atomic(using=segments.database()):
                 made.save(using=segments.database(), force_insert=True)
+                if segments.number(made) < made.count:  # see `paused`
+                    raise SealRefused(PRUNED_MEANWHILE)
         except IntegrityError:
             raise SealRefused(OVERTAKEN) from None
     return made
@@ -236,30 +240,71 @@ def prunable_before(cutoff: datetime.datetime) -> int:
     return last.sequence if last else 0
 
 
-def mark_pruned(upto: int) -> AuditSeal:
+def mark_pruned(seal: AuditSeal, cutoff: datetime.datetime) -> AuditSeal:
     """
-    Record, here and by anchors in KMS, that the events of the segments up to `upto` are given
-    up; return the seal of the last one. To be called before they are deleted.
+    Record, here and by anchors in KMS, that the events of the segments up to the seal's are
+    given up; return the seal of the last one. To be called before they are deleted.
 
     What is to be deleted afterwards, now or after a crash, are `segments.pruned_events` of that
     seal. If as much was pruned before, nothing is done. The seals stay. Raises `SealRefused`
-    if there is no such segment, and `KMSError`.
+    if the seal is not older than `cutoff`, and `KMSError`.
     """
-    found = segments.seals().filter(sequence=upto).first()
-    if found is None:
-        raise SealRefused(NO_SEAL.format(sequence=upto))
+    # What is anchored is the seal as it is looked at here, its time with it. Read once more,
+    # it might be another: dated back while it was chosen, and put right by now.
+    if seal.sealed_at >= cutoff:
+        raise SealRefused(TOO_YOUNG.format(sequence=seal.sequence, cutoff=cutoff))
     former = segments.pruned()
-    if former and former.sequence >= upto:
+    if former and former.sequence >= seal.sequence:
         return former
-    found.pruned_at = timezone.now()
-    found.pruning_anchors = anchors.of_pruning(found)
-    earlier = segments.seals().filter(sequence__lt=upto)
+    seal.pruned_at = timezone.now()
+    seal.pruning_anchors = anchors.of_pruning(seal)
+    earlier = segments.seals().filter(sequence__lt=seal.sequence)
     with transaction.atomic(using=segments.database()):
-        found.save(using=segments.database(), update_fields=["pruned_at", "pruning_anchors"])
+        seal.save(using=segments.database(), update_fields=["pruned_at", "pruning_anchors"])
         earlier.exclude(pruned_at=None).update(pruned_at=None, pruning_anchors={})
     if former and not segments.pruned_events(former).exists():
         earlier.filter(sequence__lte=former.sequence).update(leaves=b"")
-    return found
+    return seal
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[int]:
+    """
+    Let no seal be made during the block, a transaction; give the id up to which all is sealed.
+
+    What is deleted in it above that id is in no seal, and will be in none: a sealer that locks
+    the newest seal while it works is waited for, and another comes to its insert only after the
+    block, and counts the events once more.
+    """
+    while True:
+        last = segments.newest()
+        with transaction.atomic(using=segments.database()):
+            if last is None:
+                first = _take_first()
+                if first is None:
+                    continue
+                yield canonical.FLOOR
+                first.delete()
+                return
+            # Locks it on every database.
+            segments.seals().filter(pk=last.pk).update(sequence=F("sequence"))
+            if segments.newest() == last:
+                yield last.last_id
+                return
+
+
+def _take_first() -> AuditSeal | None:
+    """Return a row in the place of the first seal, for a moment; None if that was made."""
+    database = segments.database()
+    first = AuditSeal(
+        sequence=1, version=0, sealed_at=timezone.now(), after_id=0, last_id=0, count=0
+    )
+    try:
+        with transaction.atomic(using=database):
+            first.save(using=database, force_insert=True)
+    except IntegrityError:
+        return None
+    return first
 
 
 # --- how it stands ------------------------------------------------------------------

@@ -79,6 +79,13 @@ def unsealed(last: AuditSeal | None, limit: int = COUNTED) -> int:
     return rows[:limit].count()
 
 
+def number(seal: AuditSeal) -> int:
+    """Return how many events there are of the seal's segment."""
+    rows = all_events().order_by()
+    own = rows.filter(pk__gt=seal.after_id, pk__lte=seal.last_id).count()
+    return own + rows.filter(pk__in=canonical.late_ids(seal)).count()
+
+
 def events(
     version: int,
     after: int,
