@@ -8,6 +8,7 @@ import io
 import json
 import random
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from django.db import connection, connections, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from kms_hasher import exceptions, keyring
+from kms_hasher import encoding, exceptions, keyring
 from kms_hasher.audit import anchors, canonical, seals, segments, verification
 from kms_hasher.models import AuditEvent, AuditSeal
 from kms_hasher.providers.base import Provider
@@ -124,9 +125,9 @@ def test_a_seal_takes_two_calls_and_one_for_the_seal_before(
 ) -> None:
     fill(25)
     sealed()
-    assert calls() == ["GenerateMac", "Encrypt"] * 3
+    assert calls() == ["Encrypt", "GenerateMac"] * 3
     sealed()
-    assert calls()[6:] == ["GenerateMac", "GenerateMac", "Encrypt"]
+    assert calls()[6:] == ["GenerateMac", "Encrypt", "GenerateMac"]
     verified()
     assert calls()[9:] == ["GenerateMac", "Decrypt"]
 
@@ -605,6 +606,35 @@ def test_nonsense_in_place_of_anchors(anchors_: Any, log: None) -> None:
     assert kinds() == {"anchor": 1}
     with pytest.raises(exceptions.SealRefused):
         sealed()
+
+
+@pytest.mark.parametrize("name", ["context_key", "ciphertext"])
+def test_the_next_seal_does_not_make_an_altered_anchor_good(name: str, log: None) -> None:
+    """A sealer does not ask KMS to decrypt: the MAC tells that the ciphertext is another."""
+    first, last = AuditSeal.objects.get(sequence=1), AuditSeal.objects.get(sequence=3)
+    other = {**first.anchors, "context_key": encoding.key_ref(str(uuid.uuid4()))}
+    last.anchors[name] = other[name]
+    last.save(update_fields=["anchors"])
+    assert kinds() == {"anchor": 1}
+    with pytest.raises(exceptions.SealRefused, match=anchors.WRONG_MAC):
+        sealed()
+
+
+def test_a_mac_is_of_the_seal_and_of_its_ciphertext(
+    hmac_key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, generate_mac = [], type(keyring.provider()).generate_mac
+
+    def spy(self: Any, key: str, message: bytes) -> Any:
+        seen.append(message)
+        return generate_mac(self, key, message)
+
+    monkeypatch.setattr(type(keyring.provider()), "generate_mac", spy)
+    fill(5)
+    (made,) = sealed()
+    sealed_ = made.anchors["context_key"], made.anchors["ciphertext"]
+    whole = canonical.frame(canonical.seal_digest(made), *sealed_)
+    assert seen == [b"kms_hasher audit anchor 1\0" + canonical.sha256(whole).digest()]
 
 
 @pytest.mark.parametrize("name", ["mac", "mac_key", "context_key", "ciphertext"])

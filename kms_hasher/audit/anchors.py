@@ -1,6 +1,7 @@
 """
-What ties a seal to KMS, where whoever owns the database cannot reach: a MAC by an HMAC key
-that never leaves KMS, and one Encrypt whose encryption context stands in CloudTrail.
+What ties a seal to KMS, where whoever owns the database cannot reach: one Encrypt whose
+encryption context stands in CloudTrail, and a MAC by an HMAC key that never leaves KMS, of the
+seal and of the ciphertext that Encrypt gave.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import hmac
 from collections.abc import Mapping
+from hashlib import sha256
 
 from kms_hasher import conf, encoding, keyring
 from kms_hasher.audit import canonical
@@ -56,8 +58,8 @@ def check_seal(seal: AuditSeal, **options: bool) -> str:
 
     With `strict` (the default) there must be a MAC if there is a key for it, by that key or one
     of `PREVIOUS_KEYS`; without, any key in the same account will do, which suffices for a seal
-    that a checked one follows. Without `both`, a good MAC suffices. Raises `KMSError` if KMS
-    cannot tell.
+    that a checked one follows. Without `both`, a good MAC suffices, which is of the ciphertext
+    as well. Raises `KMSError` if KMS cannot tell.
     """
     digest, context = canonical.seal_digest(seal), _seal_context(seal)
     return _check(digest, context, seal.anchors, **options)
@@ -93,14 +95,19 @@ def _context(use: str, **values: str) -> dict[str, str]:
 
 def _make(digest: bytes, context: Mapping[str, str]) -> dict[str, str]:
     settings, kms = conf.get(), keyring.kms("seal")
-    found: dict[str, str] = {}
-    if settings.audit_seal_key:
-        made = kms.generate_mac(settings.audit_seal_key, _MESSAGE + digest)
-        found.update(mac_key=_ref(made.key_arn), mac=made.mac.hex())
     sealed = kms.encrypt(settings.audit_context_key or settings.key, digest, context)
     ciphertext = base64.b64encode(sealed.ciphertext).decode()
-    found.update(context_key=_ref(sealed.key_arn), ciphertext=ciphertext)
+    found = {"context_key": _ref(sealed.key_arn), "ciphertext": ciphertext}
+    if settings.audit_seal_key:
+        made = kms.generate_mac(settings.audit_seal_key, _message(digest, found))
+        found.update(mac_key=_ref(made.key_arn), mac=made.mac.hex())
     return found
+
+
+def _message(digest: bytes, found: Mapping[str, str]) -> bytes:
+    """Return what the MAC is made of: the other anchor too, which a sealer does not check."""
+    sealed = canonical.frame(digest, found["context_key"], found["ciphertext"])
+    return _MESSAGE + sha256(sealed).digest()
 
 
 def _check(
@@ -132,14 +139,15 @@ def _check_mac(digest: bytes, found: Mapping[str, str], strict: bool) -> str:
     name = settings.audit_seal_key
     try:
         key_id = encoding.key_id(found["mac_key"])
-    except MalformedHash:
+        message = _message(digest, found)
+    except ValueError:
         return WRONG_MAC
     if not strict:
         name = _named(name, key_id)
     for arn in settings.previous_keys:
         if arn.endswith(f":key/{key_id}"):
             name = arn
-    made = keyring.kms("verify").generate_mac(name, _MESSAGE + digest)
+    made = keyring.kms("verify").generate_mac(name, message)
     if _ref(made.key_arn) != found["mac_key"]:
         return OTHER_KEY.format(key=key_id)
     # As text: bytes can be written in several ways.
