@@ -285,8 +285,8 @@ MUTATIONS: tuple[Callable[[Random], str], ...] = (
 )
 
 
-def kept_elsewhere() -> dict[int, str]:
+def kept_elsewhere() -> list[tuple[int, str]]:
     """Return what `seal_kms_audit` printed of the last seal."""
     last = segments.newest()
     assert last is not None
-    return {last.sequence: canonical.seal_digest(last).hex()}
+    return [(last.sequence, canonical.seal_digest(last).hex())]

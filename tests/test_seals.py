@@ -720,15 +720,15 @@ def test_a_mac_by_another_key_of_the_account_is_not_taken(
 def test_truncating_log_and_seals_is_found_by_what_was_kept_elsewhere(log: None) -> None:
     last = AuditSeal.objects.get(sequence=3)
     digest = canonical.seal_digest(last).hex()
-    assert kinds(expected={3: digest}) == kinds(expected={3: last.root}) == {}
+    assert kinds(expected=[(3, digest), (3, last.root)]) == {}
     raw(AuditEvent, "DELETE FROM {table} WHERE id > %s", last.after_id)
     raw(AuditSeal, "DELETE FROM {table} WHERE sequence = 3")
     assert kinds() == {}  # the database alone cannot tell
-    assert kinds(expected={3: digest}) == {"expected": 1}
+    assert kinds(expected=[(3, digest)]) == {"expected": 1}
     fill(7)
     sealed()
-    assert kinds(expected={3: digest}) == {"expected": 1}
-    assert kinds(expected={2: "0" * 64}) == {"expected": 1}
+    assert kinds(expected=[(3, digest)]) == {"expected": 1}
+    assert kinds(expected=[(2, "0" * 64)]) == {"expected": 1}
 
 
 @pytest.mark.skipif(
@@ -1013,6 +1013,13 @@ def test_the_commands_seal_and_verify(hmac_key: str, small: None) -> None:
     result = json.loads(run("seal_kms_audit", "--json")[0])
     assert result["ok"] is True
     assert result["seals"][0]["sequence"] == 3
+
+
+def test_all_that_is_expected_of_a_seal_is_looked_at(log: None) -> None:
+    digest = canonical.seal_digest(AuditSeal.objects.get(sequence=3)).hex()
+    told = [f"--expect=3:{each}" for each in ("0" * 64, digest)]
+    for arguments in (told, told[::-1]):
+        assert "not the one expected" in run("verify_kms_audit", *arguments, status=3)[0]
 
 
 def test_verify_tells_a_monitor(log: None) -> None:

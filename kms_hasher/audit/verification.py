@@ -112,26 +112,26 @@ def verify(
     *,
     since: int = 1,
     all_anchors: bool = False,
-    expected: Mapping[int, str] | None = None,
+    expected: Sequence[tuple[int, str]] = (),
 ) -> Generator[Progress, None, Report]:
     """
     Check the audit from its first seal on; yield the progress, return the report.
 
     The chain of all seals is checked, and the events of segments from `since` on that were not
     pruned. KMS is asked for the newest seal, which vouches for the others, or with
-    `all_anchors` for each. `expected` holds roots or digests, in hexadecimal, by sequence, as
-    they were printed and kept elsewhere.
+    `all_anchors` for each. `expected` holds sequences and the root or digest that each
+    must have, in hexadecimal, as they were printed and kept elsewhere.
     """
     report = Report()
     try:
-        yield from _verify(report, since, all_anchors, expected or {})
+        yield from _verify(report, since, all_anchors, expected)
     except _UNREADABLE:
         report.add(SEAL, SEALS_UNREADABLE)
     return report
 
 
 def _verify(
-    report: Report, since: int, all_anchors: bool, expected: Mapping[int, str]
+    report: Report, since: int, all_anchors: bool, expected: Sequence[tuple[int, str]]
 ) -> Iterator[Progress]:
     started = time.monotonic()
     report.last = last = segments.newest()
@@ -159,8 +159,8 @@ def _verify(
         yield Progress(seal.sequence, last.sequence, report.events, time.monotonic() - started)
 
 
-def _check_expected(report: Report, expected: Mapping[int, str]) -> None:
-    for sequence, value in sorted(expected.items()):
+def _check_expected(report: Report, expected: Sequence[tuple[int, str]]) -> None:
+    for sequence, value in expected:
         seal = segments.seals().filter(sequence=sequence).first()
         if seal is None:
             report.add(EXPECTED, EXPECTED_GONE, sequence)

@@ -73,7 +73,7 @@ class Command(BaseCommand):
                 verification.verify(
                     since=options["since"],
                     all_anchors=options["all_anchors"],
-                    expected=dict(options["expect"]),
+                    expected=options["expect"],
                 )
             )
         except KMSHasherError as failed:
