@@ -85,6 +85,31 @@ def sql(statement: str, *values: Any) -> None:
         cursor.execute(statement, values)
 
 
+def can_loosen() -> bool:
+    """Return whether a table can be altered so that it is `undone`."""
+    return connection.features.can_rollback_ddl
+
+
+def loosen(table: type[AuditEvent] | type[AuditSeal]) -> None:
+    """Take all constraints off a table, and its indexes."""
+    name = table._meta.db_table
+    sql(f"CREATE TABLE loose AS SELECT * FROM {name}")
+    sql(f"DROP TABLE {name}")
+    sql(f"ALTER TABLE loose RENAME TO {name}")
+
+
+def duplicate(table: type[AuditEvent] | type[AuditSeal], row: int, **values: Any) -> None:
+    """Insert a copy of the row with this id, with other values."""
+    name = table._meta.db_table
+    columns = [field.column for field in table._meta.concrete_fields]
+    copied = ", ".join("%s" if each in values else each for each in columns)
+    sql(
+        f"INSERT INTO {name} ({', '.join(columns)}) SELECT {copied} FROM {name} WHERE id = %s",
+        *(values[each] for each in columns if each in values),
+        row,
+    )
+
+
 def any_seal(rng: Random, number: int = 1) -> list[AuditSeal]:
     return rng.sample(list(AuditSeal.objects.order_by("sequence")), number)
 
@@ -145,7 +170,8 @@ def free_id(rng: Random) -> int:
     assert last is not None
     taken = set(AuditEvent.objects.values_list("pk", flat=True))
     lowest = min(taken)
-    return rng.choice([n for n in range(lowest - 9, last.last_id) if n not in taken])
+    free = [n for n in range(lowest - 9, last.last_id) if n not in taken]
+    return rng.choice((rng.choice(free), canonical.FLOOR))
 
 
 def move_an_event(rng: Random) -> str:

@@ -24,7 +24,15 @@ from kms_hasher import encoding, exceptions, keyring
 from kms_hasher.audit import anchors, canonical, seals, segments, verification
 from kms_hasher.models import AuditEvent, AuditSeal
 from kms_hasher.providers.base import Provider
-from tests.tampering import MUTATIONS, fill, kept_elsewhere, undone
+from tests.tampering import (
+    MUTATIONS,
+    can_loosen,
+    duplicate,
+    fill,
+    kept_elsewhere,
+    loosen,
+    undone,
+)
 from tests.tampering import verify as verified
 
 pytestmark = pytest.mark.django_db
@@ -33,6 +41,8 @@ durable = pytest.mark.django_db(transaction=True)
 server_only = pytest.mark.skipif(
     connection.vendor == "sqlite", reason="SQLite has one writer at a time"
 )
+
+loose = pytest.mark.skipif(not can_loosen(), reason="no table is altered in a transaction")
 
 START = datetime.datetime(2026, 11, 21, 12, tzinfo=datetime.timezone.utc)
 SEAL_ALIAS = "alias/tests-seals"
@@ -543,6 +553,42 @@ def test_it_is_told_which_events_were_deleted_inserted_or_swapped(log: None) -> 
 def test_an_event_below_all_others_is_inserted(log: None) -> None:
     fill(1, first=-5)
     assert [each.event for each in verified().findings] == [-5]
+
+
+def test_an_event_with_the_lowest_id_there_can_be_is_inserted(
+    hmac_key: str, small: None
+) -> None:
+    """No segment begins below it."""
+    fill(1, first=canonical.FLOOR)
+    fill(5, first=7)
+    for _ in range(2):
+        sealed()
+        assert {(each.kind, each.event) for each in verified().findings} == {
+            ("inserted", canonical.FLOOR)
+        }
+    raw(AuditEvent, "DELETE FROM {table} WHERE id = %s", canonical.FLOOR)
+    assert kinds() == {}
+
+
+@loose
+@pytest.mark.parametrize("at", range(10))
+def test_a_second_event_with_the_same_id_is_found(
+    at: int, log: None, configure: Callable[..., None]
+) -> None:
+    """Once the primary key is gone: at the end of a page too, of three here."""
+    configure(AUDIT="off")
+    loosen(AuditEvent)
+    assert kinds() == {}
+    duplicate(AuditEvent, ids()[at], sub="x", request_ids="a b c")
+    assert verified().numbers
+
+
+@loose
+def test_an_event_without_an_id_is_found(log: None, configure: Callable[..., None]) -> None:
+    configure(AUDIT="off")
+    loosen(AuditEvent)
+    duplicate(AuditEvent, ids()[3], id=None)
+    assert verified().numbers == {"inserted": 1}
 
 
 def test_a_rewritten_past_does_not_hold(log: None) -> None:

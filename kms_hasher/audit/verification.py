@@ -32,6 +32,7 @@ EVENT_INSERTED = (
     "Event {event} is not of segment {sequence}, in whose range it is: it was inserted or came "
     "in late."
 )
+EVENT_OUTSIDE = "Event {event} has an id that no segment can hold: it was inserted."
 SEGMENT_DIFFERS = (
     "The events of segment {sequence} are not those that were sealed; which of them cannot be "
     "told."
@@ -143,6 +144,8 @@ def _verify(
     if last is None:
         report.add(UNSEALED, NO_SEALS)
         return
+    for id_ in segments.outside().values_list("pk", flat=True)[:KEPT]:
+        report.add(INSERTED, EVENT_OUTSIDE, event=id_)
     _check_pruning(report, last)
     elsewhere = _late_in(last)
     before: AuditSeal | None = None
