@@ -16,7 +16,7 @@ from unittest import mock
 
 import pytest
 from django.core.management import CommandError, call_command
-from django.db import connection, connections, transaction
+from django.db import OperationalError, connection, connections, transaction
 from django.db.models import F
 from django.utils import timezone
 
@@ -79,6 +79,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments of ten events, read three at a time."""
     monkeypatch.setattr(seals, "SEGMENT", 10)
     monkeypatch.setattr(segments, "PAGE", 3)
+    monkeypatch.setattr(verification, "PAGE", 2)
 
 
 def sealed(**options: Any) -> list[AuditSeal]:
@@ -591,6 +592,178 @@ def test_an_event_without_an_id_is_found(log: None, configure: Callable[..., Non
     assert verified().numbers == {"inserted": 1}
 
 
+@loose
+def test_a_seal_behind_the_newest_does_not_keep_kms_from_being_asked(log: None) -> None:
+    """By a number that is no whole one, which Django would cut off."""
+    last = AuditSeal.objects.get(sequence=3)
+    if connection.vendor == "postgresql":
+        raw(AuditSeal, "ALTER TABLE {table} ALTER COLUMN sequence TYPE double precision")
+    raw(AuditEvent, "UPDATE {table} SET sub = 'x' WHERE id = %s", ids()[3])
+    forge()
+    assert verified().numbers
+    duplicate(AuditSeal, last.pk, id=last.pk + 1000, sequence=3.5)
+    report = verified()
+    assert verification.NOT_REACHED.format(sequence=3.5) in texts()
+    assert report.numbers["seal"]
+    assert report.last and report.last.sequence == 3.5
+    told = json.loads(run("verify_kms_audit", "--json", status=3)[0])
+    assert told["last"]["sequence"] == 3.5
+
+
+@loose
+def test_many_seals_between_two_come_to_an_end(log: None, configure: Any) -> None:
+    configure(AUDIT="off")
+    last = AuditSeal.objects.get(sequence=3)
+    loosen(AuditSeal)
+    if connection.vendor == "postgresql":
+        raw(AuditSeal, "ALTER TABLE {table} ALTER COLUMN sequence TYPE double precision")
+    for at in range(1, 8):
+        duplicate(AuditSeal, last.pk, sequence=2 + at / 10)
+    assert verified().numbers["seal"]
+
+
+@loose
+@pytest.mark.parametrize("sequence", [1, 2, 3])
+def test_a_second_seal_with_the_same_sequence_is_found(
+    sequence: int, log: None, configure: Callable[..., None]
+) -> None:
+    """At the end of a page, of two here, as well: it says that an inserted event came late."""
+    configure(AUDIT="off")
+    fill(1, first=-3)
+    assert kinds() == {"inserted": 1}
+    seal = AuditSeal.objects.get(sequence=sequence)
+    loosen(AuditSeal)
+    duplicate(AuditSeal, seal.pk, id=seal.pk + 1000, late="-3")
+    assert verified().numbers["seal"]
+
+
+@loose
+def test_a_seal_below_all_others_is_found(log: None, configure: Callable[..., None]) -> None:
+    configure(AUDIT="off")
+    fill(1, first=-3)
+    loosen(AuditSeal)
+    last = AuditSeal.objects.get(sequence=3)
+    duplicate(AuditSeal, last.pk, sequence=canonical.FLOOR, late="-3")
+    assert verified().numbers["seal"]
+
+
+@loose
+def test_a_seal_without_a_sequence_is_no_last_one(
+    log: None, configure: Callable[..., None]
+) -> None:
+    configure(AUDIT="off")
+    loosen(AuditSeal)
+    raw(AuditSeal, "UPDATE {table} SET sequence = NULL WHERE sequence = 3")
+    assert verified(expected=[(3, "0" * 64)]).numbers["expected"]
+    raw(AuditSeal, "UPDATE {table} SET sequence = NULL")
+    assert verified().numbers
+
+
+# --- values that cannot be read -----------------------------------------------------
+
+#: By what a row cannot be read: a column, and what is put into it.
+UNREADABLE = {
+    "sqlite": {
+        AuditEvent: [("sub", "CAST(x'ff' AS TEXT)"), ("time", "'2026-13-45 00:00:00'")],
+        AuditSeal: [
+            ("root", "CAST(x'ff' AS TEXT)"),
+            ("late", "CAST(x'ff' AS TEXT)"),
+            ("late", "NULL"),
+            ("late", "x'ff'"),
+            ("late", "'" + " ".join(map(str, range(1000, 300_000))) + "'"),
+            ("anchors", "'" + "[" * 200_000 + "]" * 200_000 + "'"),
+            ("pruned_at", "'x'"),
+            ("sealed_at", "'2026-13-45 00:00:00'"),
+        ],
+    },
+    "postgresql": {
+        AuditEvent: [("time", "'infinity'"), ("time", "'20000-01-01'")],
+        AuditSeal: [
+            ("sealed_at", "'infinity'"),
+            ("pruned_at", "'infinity'"),
+            ("late", "NULL"),
+            ("anchors", "(repeat('[', 3000) || repeat(']', 3000))::jsonb"),
+        ],
+    },
+}
+HOSTILE = [
+    pytest.param(table, column, value, id=f"{table.__name__}-{column}-{value[:12]}")
+    for table, values in UNREADABLE.get(connection.vendor, {}).items()
+    for column, value in values
+]
+
+
+@pytest.mark.parametrize(("table", "column", "value"), HOSTILE)
+@pytest.mark.parametrize("sequence", [1, 3])
+def test_one_row_that_cannot_be_read_hides_no_other(
+    sequence: int,
+    table: Any,
+    column: str,
+    value: str,
+    log: None,
+    configure: Callable[..., None],
+) -> None:
+    """The database is not out, and what else there is to find is found."""
+    configure(AUDIT="off")
+    one, row = ids()[13], AuditSeal.objects.get(sequence=sequence).pk
+    row = row if table is AuditSeal else ids()[3 if sequence == 1 else 23]
+    loosen(table)
+    raw(table, f"UPDATE {{table}} SET {column} = {value} WHERE id = %s", row)
+    raw(AuditEvent, "UPDATE {table} SET request_ids = 'x' WHERE id = %s", one)
+    report = verified(expected=[(sequence, "0" * 64)])
+    assert report.failed is None
+    assert report.numbers.keys() & {"seal", "changed"}
+    assert one in {each.event for each in report.findings if each.sequence == 2}
+    out, err = run("verify_kms_audit", "--json", status=3)
+    assert json.loads(out)["error"] == ""
+    assert len(out) < 9_000
+    assert "database" not in err
+
+
+def test_an_outage_of_the_database_is_told_beside_what_was_found(
+    log: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw(AuditEvent, "UPDATE {table} SET sub = 'x' WHERE id = %s", ids()[3])
+    out = mock.Mock(side_effect=OperationalError("gone"))
+
+    def events(version: int, after: int, *args: Any, **options: Any) -> Iterator[Any]:
+        if after == canonical.FLOOR:
+            return read(version, after, *args, **options)
+        raise OperationalError("gone")
+
+    read = segments.events
+    with monkeypatch.context() as patched:
+        patched.setattr(segments, "events", events)
+        patched.setattr(segments, "probe", out)
+        _, err = run("verify_kms_audit", status=3)
+        assert "findings: 1" in err
+        assert "The database failed (OperationalError)" in err
+        patched.setattr(segments, "newest", out)
+        result = json.loads(run("verify_kms_audit", "--json", status=1)[0])
+        assert (result["ok"], result["findings"]) == (False, [])
+        assert "OperationalError" in result["error"]
+    assert kinds() == {"changed": 1}
+
+
+def test_what_fails_once_is_read_again(log: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A deadlock or a lock of SQLite's is no finding."""
+    read = segments.leaves
+    answers: list[Any] = [OperationalError("locked"), *[mock.DEFAULT] * 3]
+    leaves = mock.Mock(side_effect=answers, wraps=read)
+    monkeypatch.setattr(segments, "leaves", leaves)
+    assert kinds() == {}
+
+
+def test_little_is_quoted_of_what_others_wrote() -> None:
+    report = verification.Report()
+    report.add("seal", verification.NOT_EXPECTED, 3, root="{x}" * 10_000)
+    report.add("seal", verification.NOT_EXPECTED, 3, root="\x1b[2J")
+    report.add("seal", verification.OUT_OF_ORDER, "9" * 10_000)  # type: ignore[arg-type]
+    assert max(len(each.text) for each in report.findings) < 300
+    assert report.findings[1].text.endswith(r"'\x1b[2J'.")
+    assert report.findings[2].sequence is None
+
+
 def test_a_rewritten_past_does_not_hold(log: None) -> None:
     """Whoever owns the database makes all consistent again, but cannot make the anchors."""
     raw(AuditEvent, "UPDATE {table} SET sub = 'x' WHERE id = %s", ids()[3])
@@ -820,7 +993,9 @@ def test_findings_are_counted_and_the_first_kept(
 # --- an outage is no finding --------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [exceptions.KMSTimeout, exceptions.KMSAccessDenied])
+@pytest.mark.parametrize(
+    "error", [exceptions.KMSTimeout, exceptions.KMSAccessDenied, exceptions.AuditError]
+)
 def test_when_kms_cannot_tell_that_is_no_finding(
     error: type[exceptions.KMSError], log: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,9 +47,16 @@ def all_events() -> QuerySet[AuditEvent]:
     return AuditEvent.objects.using(database())
 
 
-def outside() -> QuerySet[AuditEvent]:
-    """Return the events with ids of which no segment can be: no database gives such ids."""
-    return all_events().filter(Q(pk__lte=canonical.FLOOR) | Q(pk=None))
+def probe() -> None:
+    """Raise `django.db.Error` if the database is out."""
+    all_events().exists()
+    seals().exists()
+
+
+def outside() -> list[int]:
+    """Return the first ids, of those there are, that no database gives and no segment holds."""
+    rows = all_events().filter(Q(pk__lte=canonical.FLOOR) | Q(pk=None))
+    return list(rows.order_by("pk").values_list("pk", flat=True)[:PAGE])
 
 
 def pruned() -> AuditSeal | None:
