@@ -20,7 +20,7 @@ from django.db import OperationalError, connection, connections, transaction
 from django.db.models import F
 from django.utils import timezone
 
-from kms_hasher import encoding, exceptions, keyring
+from kms_hasher import encoding, exceptions, history, keyring
 from kms_hasher.audit import anchors, canonical, seals, segments, verification
 from kms_hasher.models import AuditEvent, AuditSeal
 from kms_hasher.providers.base import Provider
@@ -1058,6 +1058,102 @@ def test_a_disabled_key_keeps_no_sealer_with_an_hmac_key_from_going_on(
     assert isinstance(verified().unasked, exceptions.KeyDisabled)
     sealed()
     assert kinds() == {}
+
+
+def named(key_arn: str, **more: str) -> None:
+    """Let the newest seal say that it was encrypted by a key."""
+    last = AuditSeal.objects.latest("sequence")
+    last.anchors |= {"context_key": encoding.key_ref(key_arn), **more}
+    last.save(update_fields=["anchors"])
+
+
+@pytest.mark.parametrize("more", [{}, {"mac_key": "x", "mac": "x"}])
+def test_a_key_that_cannot_be_used_is_a_finding_if_no_setting_leads_to_it(
+    more: dict[str, str], small: None, kms: Provider
+) -> None:
+    """Without a MAC: a forger could make it look as if KMS were out."""
+    fill(3)
+    sealed()
+    other = kms.create_key().key_arn
+    kms.disable_key(other)
+    named(other, **more)
+    history.record_key(other, START)  # who can forge a seal can write this as well
+    (finding,) = verified().findings
+    assert encoding.key_id(encoding.key_ref(other)) in finding.text
+    assert kinds() == {"anchor": 1}
+    with pytest.raises(exceptions.SealRefused, match="PREVIOUS_KEYS"):
+        sealed()
+
+
+@pytest.mark.parametrize("error", [exceptions.KMSAccessDenied, exceptions.KMSTimeout])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_denied_key_and_an_outage(
+    error: type[exceptions.KMSError],
+    is_known: bool,
+    small: None,
+    kms: Provider,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fill(3)
+    sealed()
+    if not is_known:
+        named(kms.create_key().key_arn)
+    failing = mock.Mock(side_effect=error())
+    monkeypatch.setattr(type(keyring.provider()), "decrypt", failing)
+    report = verified()
+    if error is exceptions.KMSAccessDenied and not is_known:
+        assert (report.numbers, report.unasked) == ({"anchor": 1}, None)
+    else:
+        assert not report.numbers
+        assert isinstance(report.unasked, error)
+
+
+@pytest.mark.parametrize(
+    "leading",
+    [
+        lambda former: {"PREVIOUS_KEYS": [former]},
+        lambda former: {"AUDIT_CONTEXT_KEY": former},
+        lambda former: {"AUDIT_CONTEXT_KEY": former.rpartition("/")[2]},
+    ],
+)
+def test_a_disabled_former_key_is_no_finding_where_a_setting_leads_to_it(
+    leading: Callable[[str], dict[str, Any]],
+    small: None,
+    kms: Provider,
+    key_arn: str,
+    configure: Callable[..., None],
+) -> None:
+    fill(3)
+    sealed()
+    kms.update_alias("alias/tests", kms.create_key().key_arn)
+    assert kinds() == {}
+    kms.disable_key(key_arn)
+    assert kinds() == {"anchor": 1}
+    configure(**leading(key_arn))
+    report = verified()
+    assert not report.numbers
+    assert isinstance(report.unasked, exceptions.KeyDisabled)
+
+
+def test_a_disabled_key_of_the_settings_is_an_outage(
+    small: None, kms: Provider, key_arn: str
+) -> None:
+    fill(3)
+    sealed()
+    kms.disable_key(key_arn)
+    report = verified()
+    assert not report.numbers
+    assert isinstance(report.unasked, exceptions.KeyDisabled)
+
+
+def test_a_key_that_a_mac_vouches_for_may_be_gone(
+    log: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = mock.Mock(side_effect=exceptions.KeyNotFound())
+    monkeypatch.setattr(type(keyring.provider()), "decrypt", failing)
+    report = verified()
+    assert not report.numbers
+    assert isinstance(report.unasked, exceptions.KeyNotFound)
 
 
 # --- late events --------------------------------------------------------------------

@@ -18,6 +18,8 @@ from kms_hasher.exceptions import (
     InvalidCiphertext,
     InvalidRequest,
     KeyNotFound,
+    KeyUnusable,
+    KMSAccessDenied,
     KMSBadResponse,
     MalformedHash,
 )
@@ -32,6 +34,10 @@ OTHER_KEY = (
     "into PREVIOUS_KEYS"
 )
 WRONG_CONTEXT = "KMS did not encrypt it under the context of what it says"
+STRANGE_KEY = (
+    "its ciphertext names the key {key}, which cannot be used and to which neither KEY nor "
+    "AUDIT_CONTEXT_KEY leads; a former key belongs into PREVIOUS_KEYS"
+)
 
 #: Bytes of a ciphertext that KMS takes.
 MAX_CIPHERTEXT = 6144
@@ -129,6 +135,7 @@ def _check(
         problem = _check_mac(digest, found, strict)
         if problem or not both:
             return problem
+        strict = False  # the key that it names is vouched for, and may be gone since
     elif has_key and strict:
         return NO_MAC
     return _check_ciphertext(digest, context, found, strict)
@@ -174,9 +181,30 @@ def _check_ciphertext(
         if not strict:  # it may have been deleted since
             raise
         return WRONG_CONTEXT
+    except (KeyUnusable, KMSAccessDenied):
+        if not strict or _is_led_to(key_id):
+            raise
+        return STRANGE_KEY.format(key=key_id)
     except (InvalidCiphertext, InvalidRequest):  # it, or the key, was put in another's place
         return WRONG_CONTEXT
     return "" if hmac.compare_digest(opened.plaintext, digest) else WRONG_CONTEXT
+
+
+def _is_led_to(key_id: str) -> bool:
+    """
+    Return whether the settings lead to a key, of an alias as KMS says where it points to.
+
+    The key history does not count: whoever can name a key in a seal can write there, too.
+    """
+    settings = conf.get()
+    if any(arn.endswith(f":key/{key_id}") for arn in settings.previous_keys):
+        return True
+    for name in filter(None, (settings.key, settings.audit_context_key)):
+        is_alias = "alias/" in name
+        arn = keyring.kms("verify").describe_key(name).key_arn if is_alias else name
+        if arn.rpartition(":key/")[2] == key_id:
+            return True
+    return False
 
 
 def _same(one: str, other: str) -> bool:
