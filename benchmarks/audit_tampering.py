@@ -49,7 +49,7 @@ from django.db import connection
 from django.test.runner import DiscoverRunner
 
 from kms_hasher import keyring
-from kms_hasher.audit import seals
+from kms_hasher.audit import seals, segments, verification
 from tests.tampering import MUTATIONS, fill, kept_elsewhere, undone, verify
 
 
@@ -73,6 +73,7 @@ def main() -> None:
     databases = runner.setup_databases()
     try:
         seals.SEGMENT = options.segment
+        segments.PAGE, verification.PAGE = 20, 3  # so that there are many ends of pages
         random.seed(options.seed)
         fill(options.events, gaps=True)
         made = list(seals.seal(settle=0))

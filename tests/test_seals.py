@@ -1156,6 +1156,36 @@ def test_a_key_that_a_mac_vouches_for_may_be_gone(
     assert isinstance(report.unasked, exceptions.KeyNotFound)
 
 
+# --- ids that are too high ---------------------------------------------------------
+
+
+def test_an_id_that_leaves_no_room_is_not_sealed(
+    log: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seals, "ROOM", canonical.CEILING - 10**9)
+    raw(AuditEvent, "UPDATE {table} SET id = %s WHERE id = %s", 10**9 + 1, ids()[-1])
+    with pytest.raises(exceptions.SealRefused, match="1000000001"):
+        sealed(unchecked=True)
+    raw(AuditEvent, "DELETE FROM {table} WHERE id > %s", 10**9)
+    sealed()
+    assert kinds() == {}
+
+
+def test_the_way_back_from_a_high_id_that_was_sealed(
+    log: None, configure: Callable[..., None]
+) -> None:
+    configure(AUDIT="off")
+    last = ids()[-1]
+    fill(1, first=last + 10**6)
+    sealed()
+    fill(3, first=last + 1)
+    assert kinds() == {"inserted": 3}
+    sealed(admit=[last + 1, last + 2, last + 3])
+    fill(3, first=last + 10**6 + 1)
+    sealed()
+    assert kinds() == {}
+
+
 # --- late events --------------------------------------------------------------------
 
 

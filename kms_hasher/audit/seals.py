@@ -36,6 +36,10 @@ SEGMENT = 65_536
 #: Events that can be admitted to one segment.
 ADMITTED = 1_000
 
+#: Ids that a segment leaves above it: once one is sealed that no other can follow, each event
+#: to come would be in a segment that is closed.
+ROOM = 2**40
+
 OVERTAKEN = "Another sealer was faster; it seals what there is."
 FORGED = (
     "The newest seal ({sequence}) cannot be built on: {problem}. Look with verify_kms_audit; "
@@ -48,6 +52,10 @@ PRUNING_FORGED = (
 PRUNING_GONE = "the former pruning, up to segment {sequence}, is no longer told"
 NOT_LATE = "Event {id} cannot be admitted: it is not there, or sealed, or not sealed yet."
 TOO_MANY = "At most {number} events can be admitted at a time."
+TOO_HIGH = (
+    "There is an event with the id {id}, which leaves no ids for those to come: no database "
+    "has given it out. Nothing was sealed; look into it and delete the event."
+)
 NO_SEAL = "There is no seal {sequence}."
 
 logger = logging.getLogger("kms_hasher.audit")
@@ -81,6 +89,8 @@ def seal(
         return
     after = last.last_id if last else canonical.FLOOR
     end = horizon.find(segments.database(), after, settle=settle, patience=patience)
+    if end > canonical.CEILING - ROOM:
+        raise SealRefused(TOO_HIGH.format(id=end))
     pruned = segments.pruned()
     if not unchecked:
         _check(last, pruned)
