@@ -101,8 +101,8 @@ def tamper(number: int, rng: random.Random) -> None:
         if not report.numbers:
             missed.append(told)
     for name, times in done.items():
-        print(f"{name:32}{found[name]:8,} of {times:,} found")
-    print(f"{'all':32}{found.total():8,} of {number:,} found")
+        print(f"{name:36}{found[name]:8,} of {times:,} found")
+    print(f"{'all':36}{found.total():8,} of {number:,} found")
     print(f"alarms in {looks} looks at the untouched log: {alarms}")
     print(f"{(time.monotonic() - started) / max(number, 1) * 1000:.1f} ms a mutation")
     if missed:

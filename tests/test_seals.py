@@ -1146,6 +1146,21 @@ def test_a_disabled_key_of_the_settings_is_an_outage(
     assert isinstance(report.unasked, exceptions.KeyDisabled)
 
 
+def test_a_mac_by_a_key_that_makes_none_is_a_finding(
+    log: None, key_arn: str, configure: Callable[..., None]
+) -> None:
+    """A former key of passwords, say: it must not look as if KMS were out."""
+    configure(PREVIOUS_KEYS=[key_arn])
+    last = AuditSeal.objects.get(sequence=3)
+    last.anchors["mac_key"] = encoding.key_ref(key_arn)
+    last.save(update_fields=["anchors"])
+    assert kinds() == {"anchor": 1}
+    configure(
+        AUDIT_SEAL_KEY="alias/tests", PREVIOUS_KEYS=[]
+    )  # that is a mistake in the settings
+    assert isinstance(verified().unasked, exceptions.InvalidRequest)
+
+
 def test_a_key_that_a_mac_vouches_for_may_be_gone(
     log: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
