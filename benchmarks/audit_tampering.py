@@ -49,7 +49,7 @@ from django.db import connection
 from django.test.runner import DiscoverRunner
 
 from kms_hasher import keyring
-from kms_hasher.audit import seals
+from kms_hasher.audit import seals, segments, verification
 from tests.tampering import MUTATIONS, fill, kept_elsewhere, undone, verify
 
 
@@ -73,6 +73,7 @@ def main() -> None:
     databases = runner.setup_databases()
     try:
         seals.SEGMENT = options.segment
+        segments.PAGE, verification.PAGE = 20, 3  # so that there are many ends of pages
         random.seed(options.seed)
         fill(options.events, gaps=True)
         made = list(seals.seal(settle=0))
@@ -100,8 +101,8 @@ def tamper(number: int, rng: random.Random) -> None:
         if not report.numbers:
             missed.append(told)
     for name, times in done.items():
-        print(f"{name:32}{found[name]:8,} of {times:,} found")
-    print(f"{'all':32}{found.total():8,} of {number:,} found")
+        print(f"{name:36}{found[name]:8,} of {times:,} found")
+    print(f"{'all':36}{found.total():8,} of {number:,} found")
     print(f"alarms in {looks} looks at the untouched log: {alarms}")
     print(f"{(time.monotonic() - started) / max(number, 1) * 1000:.1f} ms a mutation")
     if missed:

@@ -318,10 +318,13 @@ def _sealing(of: Site) -> list[Statement]:
         return statements
     context = {**of.context, "use": ["audit-seal", "audit-pruning"]}
     sealed = {f"kms:EncryptionContext:{name}": value for name, value in context.items()}
+    leading = (of.context_key, of.keys[0])
     actions = ["kms:Encrypt", "kms:Decrypt"]  # it checks the seal that it goes on from
     return [
         *statements,
         _allow("AnchorAudit", actions, [of.context_key], {"StringEquals": sealed}),
+        # To tell a key that a forger has named from those that the settings lead to.
+        _allow("DescribeKeys", ["kms:DescribeKey"], list(dict.fromkeys(leading))),
     ]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from django.db import connection, transaction
 
-from kms_hasher.audit import canonical, segments, verification
+from kms_hasher.audit import canonical, seals, segments, verification
+from kms_hasher.exceptions import SealRefused
 from kms_hasher.models import AuditEvent, AuditSeal
 
 START = datetime.datetime(2026, 11, 21, 12, tzinfo=datetime.timezone.utc)
@@ -85,6 +86,31 @@ def sql(statement: str, *values: Any) -> None:
         cursor.execute(statement, values)
 
 
+def can_loosen() -> bool:
+    """Return whether a table can be altered so that it is `undone`."""
+    return connection.features.can_rollback_ddl
+
+
+def loosen(table: type[AuditEvent] | type[AuditSeal]) -> None:
+    """Take all constraints off a table, and its indexes."""
+    name = table._meta.db_table
+    sql(f"CREATE TABLE loose AS SELECT * FROM {name}")
+    sql(f"DROP TABLE {name}")
+    sql(f"ALTER TABLE loose RENAME TO {name}")
+
+
+def duplicate(table: type[AuditEvent] | type[AuditSeal], row: int, **values: Any) -> None:
+    """Insert a copy of the row with this id, with other values."""
+    name = table._meta.db_table
+    columns = [field.column for field in table._meta.concrete_fields]
+    copied = ", ".join("%s" if each in values else each for each in columns)
+    sql(
+        f"INSERT INTO {name} ({', '.join(columns)}) SELECT {copied} FROM {name} WHERE id = %s",
+        *(values[each] for each in columns if each in values),
+        row,
+    )
+
+
 def any_seal(rng: Random, number: int = 1) -> list[AuditSeal]:
     return rng.sample(list(AuditSeal.objects.order_by("sequence")), number)
 
@@ -145,7 +171,8 @@ def free_id(rng: Random) -> int:
     assert last is not None
     taken = set(AuditEvent.objects.values_list("pk", flat=True))
     lowest = min(taken)
-    return rng.choice([n for n in range(lowest - 9, last.last_id) if n not in taken])
+    free = [n for n in range(lowest - 9, last.last_id) if n not in taken]
+    return rng.choice((rng.choice(free), canonical.FLOOR))
 
 
 def move_an_event(rng: Random) -> str:
@@ -167,8 +194,9 @@ def delete_a_stretch(rng: Random) -> str:
     return f"events {low} to {high} deleted"
 
 
-def insert_an_event(rng: Random) -> str:
-    (event,), target, spare = any_event(rng), free_id(rng), 2 * 10**9
+def insert_an_event(rng: Random, target: int | None = None) -> str:
+    (event,), spare = any_event(rng), 2 * 10**9
+    target = free_id(rng) if target is None else target
     event.pk, event._state.adding = spare, True
     event.save(force_insert=True)
     # Put where it belongs afterwards: MariaDB inserts no 0, but may be told to by an update.
@@ -266,6 +294,76 @@ def call_it_pruning(rng: Random) -> str:
     return f"segments up to {seal.sequence} deleted and called pruned"
 
 
+def change_the_newest_anchors_and_seal(rng: Random) -> str:
+    """Alter what the next seal carries on, and let it be made."""
+    last = segments.newest()
+    assert last is not None
+    name = rng.choice([*last.anchors])
+    other = AuditSeal.objects.exclude(pk=last.pk).order_by("sequence")[0].anchors[name]
+    if other == last.anchors[name]:
+        other = other_value(rng, other, 9999)
+    AuditSeal.objects.filter(pk=last.pk).update(anchors={**last.anchors, name: other})
+    fill(1)
+    with contextlib.suppress(SealRefused):
+        list(seals.seal(settle=0))
+    return f"{name} of the anchors of seal {last.sequence} to {other!r}"
+
+
+def insert_a_seal_between(rng: Random) -> str:
+    """Insert a copy of the newest seal behind it, by a number that is no whole one."""
+    last = segments.newest()
+    assert last is not None
+    if connection.vendor == "postgresql":
+        kind = rng.choice(("double precision", "numeric"))
+        sql(f"ALTER TABLE {SEALS} ALTER COLUMN sequence TYPE {kind}")
+    if rng.randrange(2):
+        rewrite_the_past(rng)
+    sequence = last.sequence + rng.choice((0.25, 0.5))
+    duplicate(AuditSeal, last.pk, id=last.pk + 10**6, sequence=sequence)
+    return f"seal {last.sequence} copied as {sequence}"
+
+
+def insert_a_second_event(rng: Random) -> str:
+    (event,) = any_event(rng)
+    loosen(AuditEvent)
+    duplicate(AuditEvent, event.pk, sub="x", request_ids="a b c")
+    return f"a second event inserted with the id {event.pk}"
+
+
+def insert_a_second_seal(rng: Random) -> str:
+    """Insert an event, and say of it that it came in late, by a seal beside another."""
+    target = free_id(rng)
+    told = insert_an_event(rng, target)
+    (seal,) = any_seal(rng)
+    loosen(AuditSeal)
+    duplicate(AuditSeal, seal.pk, id=seal.pk + 10**6, late=str(target))
+    return f"{told}, and a second seal {seal.sequence}"
+
+
+def store_what_cannot_be_read(rng: Random) -> str:
+    (row,) = rng.choice((any_event, any_seal))(rng)
+    table = type(row)
+    if connection.vendor == "postgresql":
+        column = "time" if table is AuditEvent else rng.choice(("sealed_at", "pruned_at"))
+        value = rng.choice(("infinity", "-infinity", "20000-01-01"))
+        sql(f"UPDATE {table._meta.db_table} SET {column} = %s WHERE id = %s", value, row.pk)
+    else:
+        column = "sub" if table is AuditEvent else rng.choice(("root", "late", "anchors"))
+        value = "CAST(x'7bff' AS TEXT)"
+        sql("PRAGMA ignore_check_constraints = ON")  # of JSON
+        sql(f"UPDATE {table._meta.db_table} SET {column} = {value} WHERE id = %s", row.pk)
+        sql("PRAGMA ignore_check_constraints = OFF")
+    return f"{column} of {table.__name__} {row.pk} to {value}"
+
+
+#: What takes other columns than there are, so that not every database can undo it.
+LOOSE: tuple[Callable[[Random], str], ...] = (
+    insert_a_seal_between,
+    insert_a_second_event,
+    insert_a_second_seal,
+    store_what_cannot_be_read,
+)
+
 MUTATIONS: tuple[Callable[[Random], str], ...] = (
     change_an_event,
     move_an_event,
@@ -282,11 +380,13 @@ MUTATIONS: tuple[Callable[[Random], str], ...] = (
     take_anchors_of_another_seal,
     rewrite_the_past,
     call_it_pruning,
+    change_the_newest_anchors_and_seal,
+    *(LOOSE if can_loosen() else ()),
 )
 
 
-def kept_elsewhere() -> dict[int, str]:
+def kept_elsewhere() -> list[tuple[int, str]]:
     """Return what `seal_kms_audit` printed of the last seal."""
     last = segments.newest()
     assert last is not None
-    return {last.sequence: canonical.seal_digest(last).hex()}
+    return [(last.sequence, canonical.seal_digest(last).hex())]

@@ -127,7 +127,7 @@ ALLOWED = {
     "web": {"Encrypt", "Decrypt", "ReEncryptFrom", "ReEncryptTo", "DescribeKey"},
     "sign-up": {"Encrypt"},
     "audit": {"LookupEvents"},
-    "sealing": {"Encrypt", "Decrypt"},
+    "sealing": {"Encrypt", "Decrypt", "DescribeKey"},
     "read-only": {"DescribeKey", "GetKeyRotationStatus"},
 }
 
@@ -189,6 +189,7 @@ def test_sealing_by_keys_of_its_own(site: Callable[..., None]) -> None:
     assert found["SealAudit"]["Action"] == ["kms:GenerateMac"]
     assert found["SealAudit"]["Resource"] == [SEALS]
     assert found["AnchorAudit"]["Resource"] == [OLD]
+    assert found["DescribeKeys"]["Resource"] == [OLD, ARN]
     assert found["AnchorAudit"]["Condition"]["StringEquals"]["kms:EncryptionContext:use"] == [
         "audit-seal",
         "audit-pruning",
@@ -269,7 +270,7 @@ def test_a_key_that_is_not_symmetric_anchors_no_seal(
     site(MODE=mode, AUDIT_SEAL_KEY=SEALS)
     assert set(statements("sealing")) == {"SealAudit"}
     site(AUDIT_CONTEXT_KEY=OLD)
-    assert set(statements("sealing")) == {"SealAudit", "AnchorAudit"}
+    assert set(statements("sealing")) == {"SealAudit", "AnchorAudit", "DescribeKeys"}
 
 
 def test_only_a_rotation_manages_keys(site: Callable[..., None]) -> None:

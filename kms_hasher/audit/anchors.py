@@ -1,6 +1,7 @@
 """
-What ties a seal to KMS, where whoever owns the database cannot reach: a MAC by an HMAC key
-that never leaves KMS, and one Encrypt whose encryption context stands in CloudTrail.
+What ties a seal to KMS, where whoever owns the database cannot reach: one Encrypt whose
+encryption context stands in CloudTrail, and a MAC by an HMAC key that never leaves KMS, of the
+seal and of the ciphertext that Encrypt gave.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import base64
 import hmac
 from collections.abc import Mapping
+from hashlib import sha256
 
 from kms_hasher import conf, encoding, keyring
 from kms_hasher.audit import canonical
@@ -16,6 +18,8 @@ from kms_hasher.exceptions import (
     InvalidCiphertext,
     InvalidRequest,
     KeyNotFound,
+    KeyUnusable,
+    KMSAccessDenied,
     KMSBadResponse,
     MalformedHash,
 )
@@ -30,6 +34,10 @@ OTHER_KEY = (
     "into PREVIOUS_KEYS"
 )
 WRONG_CONTEXT = "KMS did not encrypt it under the context of what it says"
+STRANGE_KEY = (
+    "its ciphertext names the key {key}, which cannot be used and to which neither KEY nor "
+    "AUDIT_CONTEXT_KEY leads; a former key belongs into PREVIOUS_KEYS"
+)
 
 #: Bytes of a ciphertext that KMS takes.
 MAX_CIPHERTEXT = 6144
@@ -56,8 +64,8 @@ def check_seal(seal: AuditSeal, **options: bool) -> str:
 
     With `strict` (the default) there must be a MAC if there is a key for it, by that key or one
     of `PREVIOUS_KEYS`; without, any key in the same account will do, which suffices for a seal
-    that a checked one follows. Without `both`, a good MAC suffices. Raises `KMSError` if KMS
-    cannot tell.
+    that a checked one follows. Without `both`, a good MAC suffices, which is of the ciphertext
+    as well. Raises `KMSError` if KMS cannot tell.
     """
     digest, context = canonical.seal_digest(seal), _seal_context(seal)
     return _check(digest, context, seal.anchors, **options)
@@ -93,14 +101,19 @@ def _context(use: str, **values: str) -> dict[str, str]:
 
 def _make(digest: bytes, context: Mapping[str, str]) -> dict[str, str]:
     settings, kms = conf.get(), keyring.kms("seal")
-    found: dict[str, str] = {}
-    if settings.audit_seal_key:
-        made = kms.generate_mac(settings.audit_seal_key, _MESSAGE + digest)
-        found.update(mac_key=_ref(made.key_arn), mac=made.mac.hex())
     sealed = kms.encrypt(settings.audit_context_key or settings.key, digest, context)
     ciphertext = base64.b64encode(sealed.ciphertext).decode()
-    found.update(context_key=_ref(sealed.key_arn), ciphertext=ciphertext)
+    found = {"context_key": _ref(sealed.key_arn), "ciphertext": ciphertext}
+    if settings.audit_seal_key:
+        made = kms.generate_mac(settings.audit_seal_key, _message(digest, found))
+        found.update(mac_key=_ref(made.key_arn), mac=made.mac.hex())
     return found
+
+
+def _message(digest: bytes, found: Mapping[str, str]) -> bytes:
+    """Return what the MAC is made of: the other anchor too, which a sealer does not check."""
+    sealed = canonical.frame(digest, found["context_key"], found["ciphertext"])
+    return _MESSAGE + sha256(sealed).digest()
 
 
 def _check(
@@ -122,6 +135,7 @@ def _check(
         problem = _check_mac(digest, found, strict)
         if problem or not both:
             return problem
+        strict = False  # the key that it names is vouched for, and may be gone since
     elif has_key and strict:
         return NO_MAC
     return _check_ciphertext(digest, context, found, strict)
@@ -132,14 +146,20 @@ def _check_mac(digest: bytes, found: Mapping[str, str], strict: bool) -> str:
     name = settings.audit_seal_key
     try:
         key_id = encoding.key_id(found["mac_key"])
-    except MalformedHash:
+        message = _message(digest, found)
+    except ValueError:
         return WRONG_MAC
     if not strict:
         name = _named(name, key_id)
     for arn in settings.previous_keys:
         if arn.endswith(f":key/{key_id}"):
             name = arn
-    made = keyring.kms("verify").generate_mac(name, _MESSAGE + digest)
+    try:
+        made = keyring.kms("verify").generate_mac(name, message)
+    except InvalidRequest:  # it names a key that makes no MACs
+        if name == settings.audit_seal_key:
+            raise
+        return WRONG_MAC
     if _ref(made.key_arn) != found["mac_key"]:
         return OTHER_KEY.format(key=key_id)
     # As text: bytes can be written in several ways.
@@ -166,9 +186,30 @@ def _check_ciphertext(
         if not strict:  # it may have been deleted since
             raise
         return WRONG_CONTEXT
+    except (KeyUnusable, KMSAccessDenied):
+        if not strict or _is_led_to(key_id):
+            raise
+        return STRANGE_KEY.format(key=key_id)
     except (InvalidCiphertext, InvalidRequest):  # it, or the key, was put in another's place
         return WRONG_CONTEXT
     return "" if hmac.compare_digest(opened.plaintext, digest) else WRONG_CONTEXT
+
+
+def _is_led_to(key_id: str) -> bool:
+    """
+    Return whether the settings lead to a key, of an alias as KMS says where it points to.
+
+    The key history does not count: whoever can name a key in a seal can write there, too.
+    """
+    settings = conf.get()
+    if any(arn.endswith(f":key/{key_id}") for arn in settings.previous_keys):
+        return True
+    for name in filter(None, (settings.key, settings.audit_context_key)):
+        is_alias = "alias/" in name
+        arn = keyring.kms("verify").describe_key(name).key_arn if is_alias else name
+        if arn.rpartition(":key/")[2] == key_id:
+            return True
+    return False
 
 
 def _same(one: str, other: str) -> bool:

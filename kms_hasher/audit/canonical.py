@@ -42,6 +42,9 @@ VERSION = max(FIELDS)
 #: Below every id a table can hold.
 FLOOR = -(2**63)
 
+#: The highest id there can be.
+CEILING = 2**63 - 1
+
 #: Bytes of each leaf's hash that are kept in `AuditSeal.leaves`. They only tell which event
 #: differs; that one does, is told by the root.
 TAG = 8
@@ -148,7 +151,7 @@ def _varint(number: int) -> bytes:
 def late_ids(seal: AuditSeal) -> tuple[int, ...]:
     """Return the ids of the events admitted late. What is no number is left out."""
     found = (int(each) for each in seal.late.split() if _ID.fullmatch(each))
-    return tuple(each for each in found if FLOOR <= each < -FLOOR)
+    return tuple(each for each in found if FLOOR <= each <= CEILING)
 
 
 # --- a seal, and a pruning ----------------------------------------------------------

@@ -37,6 +37,10 @@ SEGMENT = 65_536
 #: Events that can be admitted to one segment.
 ADMITTED = 1_000
 
+#: Ids that a segment leaves above it: once one is sealed that no other can follow, each event
+#: to come would be in a segment that is closed.
+ROOM = 2**40
+
 OVERTAKEN = "Another sealer was faster, or unsealed events are being pruned. Try again later."
 PRUNED_MEANWHILE = "Events that were to be sealed were pruned meanwhile. Try again."
 FORGED = (
@@ -51,6 +55,10 @@ PRUNING_GONE = "the former pruning, up to segment {sequence}, is no longer told"
 NOT_LATE = "Event {id} cannot be admitted: it is not there, or sealed, or not sealed yet."
 TOO_MANY = "At most {number} events can be admitted at a time."
 TOO_YOUNG = "Seal {sequence} is not older than {cutoff:%Y-%m-%d %H:%M}: its events stay."
+TOO_HIGH = (
+    "There is an event with the id {id}, which leaves no ids for those to come: no database "
+    "has given it out. Nothing was sealed; look into it and delete the event."
+)
 
 logger = logging.getLogger("kms_hasher.audit")
 
@@ -83,6 +91,8 @@ def seal(
         return
     after = last.last_id if last else canonical.FLOOR
     end = horizon.find(segments.database(), after, settle=settle, patience=patience)
+    if end > canonical.CEILING - ROOM:
+        raise SealRefused(TOO_HIGH.format(id=end))
     pruned = segments.pruned()
     if not unchecked:
         _check(last, pruned)

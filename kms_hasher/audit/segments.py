@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from django.db import router
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 
 from kms_hasher.audit import canonical
 from kms_hasher.models import AuditEvent, AuditSeal
@@ -18,6 +18,8 @@ PAGE = 2_000
 
 #: So many unsealed events are counted; more are said to be "at least" that many.
 COUNTED = 100_000
+
+SAME_ID = "there are several events with one id"
 
 
 def database() -> str:
@@ -43,6 +45,18 @@ def leaves(seal: AuditSeal) -> bytes:
 
 def all_events() -> QuerySet[AuditEvent]:
     return AuditEvent.objects.using(database())
+
+
+def probe() -> None:
+    """Raise `django.db.Error` if the database is out."""
+    all_events().exists()
+    seals().exists()
+
+
+def outside() -> list[int]:
+    """Return the first ids, of those there are, that no database gives and no segment holds."""
+    rows = all_events().filter(Q(pk__lte=canonical.FLOOR) | Q(pk=None))
+    return list(rows.order_by("pk").values_list("pk", flat=True)[:PAGE])
 
 
 def pruned() -> AuditSeal | None:
@@ -99,6 +113,8 @@ def events(
     Yield the values of the events of a segment, by id, with a page in memory at a time.
 
     They are those above `after` and up to `end`, but those in `without`, and those in `late`.
+    Raises `ValueError` where a page would end between two with one id, as there can be once
+    the table has lost its primary key.
     """
     rows = all_events().order_by("pk")
     fields = canonical.FIELDS[version]
@@ -113,4 +129,6 @@ def events(
         if len(page) < size:
             return
         after = page[-1][0]
+        if rows.filter(pk=after)[:2].count() > 1:
+            raise ValueError(SAME_ID)
         limit = limit and limit - len(page)

@@ -7,19 +7,32 @@ told apart, and the rest is checked all the same.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from django.db import Error
+from django.db.models import QuerySet
 
 from kms_hasher.audit import anchors, canonical, seals, segments
-from kms_hasher.exceptions import KMSError
+from kms_hasher.exceptions import AuditError, KMSError, KMSHasherError
 from kms_hasher.models import AuditSeal
+
+T = TypeVar("T")
 
 #: Findings that are kept, one by one; all are counted.
 KEPT = 1_000
+
+#: Characters that are quoted of a value in a finding.
+QUOTED = 200
+
+#: Seals read at a time.
+PAGE = 100
 
 # Kinds of findings.
 CHANGED, DELETED, INSERTED = "changed", "deleted", "inserted"
@@ -32,6 +45,7 @@ EVENT_INSERTED = (
     "Event {event} is not of segment {sequence}, in whose range it is: it was inserted or came "
     "in late."
 )
+EVENT_OUTSIDE = "Event {event} has an id that no segment can hold: it was inserted."
 SEGMENT_DIFFERS = (
     "The events of segment {sequence} are not those that were sealed; which of them cannot be "
     "told."
@@ -39,6 +53,10 @@ SEGMENT_DIFFERS = (
 NO_SEALS = "There is no seal: none was made yet, or all were deleted."
 SEALS_MISSING = "Seals are missing: {first} to {last}."
 OUT_OF_ORDER = "Seal {sequence} has no place in the sequence."
+SAME_SEQUENCE = "There are several seals with one sequence."
+NOT_REACHED = (
+    "KMS was not asked for the newest seal ({sequence}): it does not follow the others."
+)
 BROKEN_CHAIN = (
     "Seal {sequence} does not follow seal {before} as it is now: the latter was changed, or "
     "the chain was."
@@ -60,8 +78,9 @@ SEALING_OVERDUE = (
 )
 
 
-# SQLite gives back what anybody put in, whatever the column's type.
-_UNREADABLE = (ValueError, TypeError, OverflowError)
+#: SQLite gives back what anybody put in, whatever the column's type; the owner of any database
+#: can change the types of columns, and nest JSON deeply.
+UNREADABLE_AS = (ValueError, TypeError, OverflowError, AttributeError, RecursionError)
 
 
 class Finding(NamedTuple):
@@ -86,12 +105,14 @@ class Report:
     What was looked at and what was found.
 
     `findings` holds the first `KEPT`, `numbers` how many there are of each kind. `unasked` is
-    why KMS could not be asked, if it could not.
+    why KMS could not be asked, if it could not, and `failed` what the database failed by: then
+    not all was looked at.
     """
 
     findings: list[Finding] = field(default_factory=list)
     numbers: Counter[str] = field(default_factory=Counter)
-    unasked: KMSError | None = None
+    unasked: KMSHasherError | None = None
+    failed: Error | None = None
     last: AuditSeal | None = None
     pruned: int = 0
     events: int = 0
@@ -100,123 +121,227 @@ class Report:
     def add(self, kind: str, text: str, sequence: int | None = None, **values: Any) -> None:
         self.numbers[kind] += 1
         if len(self.findings) < KEPT:
-            text = text.format(sequence=sequence, **values)
-            self.findings.append(Finding(kind, text, sequence, values.get("event")))
+            shown = {name: _shown(each) for name, each in values.items()}
+            text = text.format(sequence=_shown(sequence), **shown)
+            numbers = _number(sequence), _number(values.get("event"))
+            self.findings.append(Finding(kind, text, *numbers))
 
     def add_all(self, other: Report) -> None:
         self.numbers.update(other.numbers)
         self.findings += other.findings[: KEPT - len(self.findings)]
 
 
+def _shown(value: Any) -> Any:
+    """Return what is told of a value from the database, whoever wrote it."""
+    if isinstance(value, (int, float)):
+        return value
+    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
+
+
+def _number(value: Any) -> int | None:
+    return value if type(value) is int else None
+
+
 def verify(
     *,
     since: int = 1,
     all_anchors: bool = False,
-    expected: Mapping[int, str] | None = None,
+    expected: Sequence[tuple[int, str]] = (),
 ) -> Generator[Progress, None, Report]:
     """
     Check the audit from its first seal on; yield the progress, return the report.
 
     The chain of all seals is checked, and the events of segments from `since` on that were not
     pruned. KMS is asked for the newest seal, which vouches for the others, or with
-    `all_anchors` for each. `expected` holds roots or digests, in hexadecimal, by sequence, as
-    they were printed and kept elsewhere.
+    `all_anchors` for each. `expected` holds sequences and the root or digest that each
+    must have, in hexadecimal, as they were printed and kept elsewhere.
     """
     report = Report()
     try:
-        yield from _verify(report, since, all_anchors, expected or {})
-    except _UNREADABLE:
+        yield from _verify(report, since, all_anchors, expected)
+    except UNREADABLE_AS:
         report.add(SEAL, SEALS_UNREADABLE)
+    except Error as error:
+        report.failed = error
     return report
 
 
+def _read(
+    report: Report, step: Callable[[], T], text: str, sequence: int | None = None
+) -> T | None:
+    """
+    Return what the step returns, or None if it reads what was never written: that is a finding.
+
+    So is what the database fails to give twice while it is not out: times that Python has not,
+    or bytes that are no text. Raises `Error` if the database is out.
+    """
+    for _ in range(2):
+        try:
+            return step()
+        except UNREADABLE_AS:
+            break
+        except Error:
+            segments.probe()
+    report.add(SEAL, text, sequence)
+    return None
+
+
 def _verify(
-    report: Report, since: int, all_anchors: bool, expected: Mapping[int, str]
+    report: Report, since: int, all_anchors: bool, expected: Sequence[tuple[int, str]]
 ) -> Iterator[Progress]:
     started = time.monotonic()
-    report.last = last = segments.newest()
-    state = seals.state()
+    report.last = last = _read(report, segments.newest, SEALS_UNREADABLE)
+    is_readable = not report.numbers
+    if is_readable:
+        _check_state(report)
+    _check_expected(report, expected)
+    if last is None and is_readable:
+        report.add(UNSEALED, NO_SEALS)
+        return
+    for id_ in _read(report, segments.outside, SEALS_UNREADABLE) or ():
+        report.add(INSERTED, EVENT_OUTSIDE, event=id_)
+    _check_pruning(report)
+    # By a number of another type the newest seal would be looked for in vain.
+    upto = last.sequence if last and type(last.sequence) is int else canonical.CEILING
+    elsewhere = _read(report, partial(_late_in, upto), SEALS_UNREADABLE) or {}
+    before: AuditSeal | None = None
+    former = ""
+    for seal in _in_order(report, upto):
+        hash_ = _read(report, partial(canonical.seal_hash, seal), UNREADABLE, seal.sequence)
+        if hash_ is None or not _check_place(report, seal, before, former):
+            continue
+        before, former = seal, hash_
+        if (seal.pruned_at or seal.pruning_anchors) and seal.sequence != report.pruned:
+            _check_stray_pruning(report, seal)
+        if all_anchors or seal.sequence == upto:
+            _check_anchors(report, seal, strict=seal.sequence == upto)
+        if seal.sequence >= since:
+            _check_segment(report, seal, elsewhere)
+        yield Progress(seal.sequence, upto, report.events, time.monotonic() - started)
+    if last and former != _read(report, partial(canonical.seal_hash, last), SEALS_UNREADABLE):
+        report.add(SEAL, NOT_REACHED, last.sequence)
+
+
+def _check_state(report: Report) -> None:
+    state = _read(report, seals.state, SEALS_UNREADABLE)
+    if state is None:
+        return
     report.unsealed = state.unsealed
     if state.is_overdue and state.age:
         report.add(OVERDUE, SEALING_OVERDUE, hours=state.age.total_seconds() / 3600)
-    _check_expected(report, expected)
-    if last is None:
-        report.add(UNSEALED, NO_SEALS)
-        return
-    _check_pruning(report, last)
-    elsewhere = _late_in(last)
-    before: AuditSeal | None = None
-    for seal in _in_order(last):
-        if not _check_place(report, seal, before):
+
+
+def _check_expected(report: Report, expected: Sequence[tuple[int, str]]) -> None:
+    for sequence, value in expected:
+        told = _read(report, partial(_told, sequence), UNREADABLE, sequence)
+        if told is None:
             continue
-        before = seal
-        if (seal.pruned_at or seal.pruning_anchors) and seal.sequence != report.pruned:
-            _check_stray_pruning(report, seal, last)
-        if all_anchors or seal.sequence == last.sequence:
-            _check_anchors(report, seal, strict=seal.sequence == last.sequence)
-        if seal.sequence >= since:
-            _check_segment(report, seal, elsewhere)
-        yield Progress(seal.sequence, last.sequence, report.events, time.monotonic() - started)
-
-
-def _check_expected(report: Report, expected: Mapping[int, str]) -> None:
-    for sequence, value in sorted(expected.items()):
-        seal = segments.seals().filter(sequence=sequence).first()
-        if seal is None:
+        if not told:
             report.add(EXPECTED, EXPECTED_GONE, sequence)
-        elif value.lower() not in (seal.root, canonical.seal_digest(seal).hex()):
-            report.add(EXPECTED, NOT_EXPECTED, sequence, root=seal.root)
+        elif value.lower() not in told:
+            report.add(EXPECTED, NOT_EXPECTED, sequence, root=told[0])
 
 
-def _check_pruning(report: Report, last: AuditSeal) -> None:
-    pruned = segments.pruned()
+def _told(sequence: int) -> tuple[str, ...]:
+    """Return what can be expected of a seal, its root and its digest; () if it is gone."""
+    seal = segments.seals().filter(sequence=sequence).first()
+    return (seal.root, canonical.seal_digest(seal).hex()) if seal else ()
+
+
+def _check_pruning(report: Report) -> None:
+    pruned = _read(report, _pruned, SEALS_UNREADABLE)
     report.pruned = pruned.sequence if pruned else 0
+    if report.last is None:
+        return
+    check = partial(seals.check_pruning, report.last, pruned)
     try:
-        problem = seals.check_pruning(last, pruned)
-    except KMSError as error:
+        problem = _read(report, check, UNREADABLE, report.pruned)
+    except (KMSError, AuditError) as error:
         report.unasked = error
         return
     if problem:
         report.add(PRUNING, BAD_PRUNING, report.pruned, problem=problem)
 
 
-def _check_stray_pruning(report: Report, seal: AuditSeal, last: AuditSeal) -> None:
+def _pruned() -> AuditSeal | None:
     pruned = segments.pruned()
-    if pruned and pruned.sequence > report.pruned:  # meanwhile
-        _check_pruning(report, last)
-    now = segments.seals().filter(pk=seal.pk).first()
+    if pruned and type(pruned.sequence) is not int:
+        raise TypeError(pruned.sequence)
+    return pruned
+
+
+def _check_stray_pruning(report: Report, seal: AuditSeal) -> None:
+    _check_for_pruning(report, report.pruned + 1)
+    again = segments.seals().filter(pk=seal.pk)
+    now = _read(report, again.first, UNREADABLE, seal.sequence)
     if now and (now.pruned_at or now.pruning_anchors) and now.sequence != report.pruned:
         report.add(PRUNING, STRAY_PRUNING, seal.sequence)
 
 
-def _late_in(last: AuditSeal) -> dict[int, int]:
+def _check_for_pruning(report: Report, sequence: int) -> None:
+    """Check anew what was pruned if segments up to this one were, meanwhile."""
+    pruned = _read(Report(), _pruned, SEALS_UNREADABLE)
+    if pruned and pruned.sequence >= sequence:
+        _check_pruning(report)
+
+
+def _late_in(upto: int) -> dict[int, int]:
     """Return in which segment, by id, the events are that were admitted late."""
-    found = segments.seals().filter(sequence__lte=last.sequence).exclude(late="")
-    return {id_: seal.sequence for seal in found for id_ in canonical.late_ids(seal)}
+    found = segments.seals().only("sequence", "late").filter(sequence__lte=upto)
+    return {
+        id_: seal.sequence
+        for seal in found.exclude(late="")
+        for id_ in canonical.late_ids(seal)
+    }
 
 
-def _in_order(last: AuditSeal) -> Iterator[AuditSeal]:
-    """Yield the seals up to `last`, a page in memory at a time."""
-    after = canonical.FLOOR
+def _in_order(report: Report, upto: int) -> Iterator[AuditSeal]:
+    """Yield the seals up to `upto` that can be read, a page in memory at a time."""
+    seals_ = segments.seals().filter(sequence__lte=upto).order_by("sequence")
+    after, number = canonical.FLOOR, 0
     while True:
-        rows = segments.seals().filter(sequence__lte=last.sequence, sequence__gt=after)
-        page = list(rows.order_by("sequence")[:100])
+        rows = seals_.filter(sequence__gt=after)[:PAGE]
+        step = partial(list[int], rows.values_list("sequence", flat=True))
+        sequences = _read(report, step, SEALS_UNREADABLE)
+        if not sequences:
+            break
+        yield from _page(report, rows, sequences)
+        number += len(sequences)
+        after = max(after + 1, math.floor(sequences[-1]))
+    # Of two with one sequence the second would be on no page.
+    if number != _read(report, seals_.count, SEALS_UNREADABLE):
+        report.add(SEAL, SAME_SEQUENCE)
+
+
+def _page(
+    report: Report, rows: QuerySet[AuditSeal], sequences: Sequence[int]
+) -> Iterator[AuditSeal]:
+    """Yield the seals of a page, one by one if they cannot be read at once."""
+    page = _read(Report(), partial(list[AuditSeal], rows), SEALS_UNREADABLE)
+    if page is not None:
         yield from page
-        if not page:
-            return
-        after = page[-1].sequence
+        return
+    for at, sequence in enumerate(sequences):
+        one = partial(list[AuditSeal], rows[at : at + 1])
+        yield from _read(report, one, UNREADABLE, sequence) or ()
 
 
-def _check_place(report: Report, seal: AuditSeal, before: AuditSeal | None) -> bool:
-    """Check that the seal follows the one before it; return whether it has a place at all."""
+def _check_place(
+    report: Report, seal: AuditSeal, before: AuditSeal | None, former: str
+) -> bool:
+    """
+    Check that the seal follows the one before it, which has the hash `former`; return whether
+    it has a place at all.
+    """
     sequence, due = seal.sequence, before.sequence + 1 if before else 1
-    if sequence < due:
+    if type(sequence) is not int or sequence < due:
         report.add(SEAL, OUT_OF_ORDER, sequence)
         return False
     if sequence > due:
         report.add(MISSING, SEALS_MISSING, due, first=due, last=sequence - 1)
         return True
-    if seal.previous != (canonical.seal_hash(before) if before else ""):
+    if seal.previous != former:
         report.add(SEAL, BROKEN_CHAIN, sequence, before=sequence - 1)
     if seal.after_id != (before.last_id if before else canonical.FLOOR):
         report.add(SEAL, BROKEN_RANGE, sequence)
@@ -224,9 +349,10 @@ def _check_place(report: Report, seal: AuditSeal, before: AuditSeal | None) -> b
 
 
 def _check_anchors(report: Report, seal: AuditSeal, *, strict: bool) -> None:
+    check = partial(anchors.check_seal, seal, strict=strict)
     try:
-        problem = anchors.check_seal(seal, strict=strict)
-    except KMSError as error:
+        problem = _read(report, check, UNREADABLE, seal.sequence)
+    except (KMSError, AuditError) as error:
         report.unasked = error
         return
     if problem:
@@ -237,29 +363,25 @@ def _check_anchors(report: Report, seal: AuditSeal, *, strict: bool) -> None:
 
 
 def _check_segment(report: Report, seal: AuditSeal, elsewhere: Mapping[int, int]) -> None:
-    found = Report()
     if seal.version not in canonical.FIELDS:
         report.add(SEAL, UNKNOWN_VERSION, seal.sequence, version=seal.version)
         return
-    try:
-        _compare(found, seal, elsewhere, pruned=seal.sequence <= report.pruned)
-    except _UNREADABLE:
-        found.add(SEAL, UNREADABLE, seal.sequence)
+    compare = partial(_compare, seal, elsewhere, pruned=seal.sequence <= report.pruned)
+    unread = Report()
+    found = _read(unread, compare, UNREADABLE, seal.sequence) or unread
     if found.numbers and seal.sequence > report.pruned:
         # It may have been pruned while it was read.
-        pruned = segments.pruned()
-        if pruned and pruned.sequence >= seal.sequence and report.last:
-            _check_pruning(report, report.last)
+        _check_for_pruning(report, seal.sequence)
+        if seal.sequence <= report.pruned:
             _check_segment(report, seal, elsewhere)
             return
     report.events += found.events
     report.add_all(found)
 
 
-def _compare(
-    report: Report, seal: AuditSeal, elsewhere: Mapping[int, int], *, pruned: bool
-) -> None:
+def _compare(seal: AuditSeal, elsewhere: Mapping[int, int], *, pruned: bool) -> Report:
     """Compare the events there are with the segment's root and leaves."""
+    report = Report()
     leaves = segments.leaves(seal)
     told = sha256(leaves).hexdigest() == seal.leaves_hash
     if not told and (leaves or not pruned):
@@ -272,11 +394,12 @@ def _compare(
             differences.add(kind, text, seal.sequence, event=event)
     report.events = found.count
     if (found.root, found.count) == (seal.root, seal.count):
-        return
+        return report
     if pruned or (told and differences.numbers):
         report.add_all(differences)
     else:
         report.add(SEGMENT, SEGMENT_DIFFERS, seal.sequence)
+    return report
 
 
 def _differences(

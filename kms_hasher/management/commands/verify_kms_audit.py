@@ -8,13 +8,13 @@ from collections.abc import Generator
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import DatabaseError
 
 from kms_hasher.audit import verification
 from kms_hasher.audit.verification import Progress, Report
 from kms_hasher.exceptions import KMSHasherError
 from kms_hasher.management.commands._walk import LOG_EVERY, duration
 from kms_hasher.management.commands.seal_kms_audit import as_json
+from kms_hasher.models import AuditSeal
 
 #: Exit statuses, besides 0 and 2, argparse's own.
 FAILED, FOUND = 1, 3
@@ -24,7 +24,10 @@ PRUNED = " Those up to segment {pruned} were pruned."
 UNSEALED = "Not sealed yet: {number:,} events."
 BAD = "The audit is not as it was sealed; findings: {number:,}."
 UNASKED = "KMS could not be asked, and so vouches for nothing now: {error}"
-DATABASE_FAILED = "The database failed ({error}); nothing is told."
+DATABASE_FAILED = "The database failed ({error}); not all was looked at."
+
+#: Characters that a seal takes in JSON at the most.
+LENGTH = 1_000
 
 _EXPECTED = re.compile(r"([0-9]+):([0-9a-fA-F]{64})")
 
@@ -73,16 +76,16 @@ class Command(BaseCommand):
                 verification.verify(
                     since=options["since"],
                     all_anchors=options["all_anchors"],
-                    expected=dict(options["expect"]),
+                    expected=options["expect"],
                 )
             )
         except KMSHasherError as failed:
             error = str(failed)
-        except DatabaseError as failed:
-            # Only its kind: what the database says may quote a row.
-            error = DATABASE_FAILED.format(error=type(failed).__name__)
         if report.unasked:
             error = UNASKED.format(error=report.unasked)
+        if report.failed:
+            # Only its kind: what the database says may quote a row.
+            error = DATABASE_FAILED.format(error=type(report.failed).__name__)
         number = report.numbers.total()
         if options["json"]:
             self.stdout.write(json.dumps(_as_json(report, error), indent=2))
@@ -139,8 +142,17 @@ def _as_json(report: Report, error: str) -> dict[str, Any]:
         "events": report.events,
         "unsealed": report.unsealed,
         "pruned": report.pruned,
-        "last": as_json(report.last) if report.last else None,
+        "last": _last(report.last) if report.last else None,
     }
+
+
+def _last(seal: AuditSeal) -> dict[str, Any] | None:
+    """Return what there is to keep of a seal, None if it holds what was never written."""
+    try:
+        told = as_json(seal)
+        return told if len(json.dumps(told)) <= LENGTH else None
+    except verification.UNREADABLE_AS:
+        return None
 
 
 def _expected(text: str) -> tuple[int, str]:
