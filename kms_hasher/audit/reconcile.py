@@ -28,7 +28,7 @@ from kms_hasher.audit import (
     workspace,
 )
 from kms_hasher.audit.cloudtrail import Call
-from kms_hasher.audit.site import is_ours, of_seconds, seconds_of, utc
+from kms_hasher.audit.site import EARLIEST, is_ours, of_seconds, seconds_of, utc
 from kms_hasher.audit.trail import LATE, SETTLE, SKEW, Range, Trail
 from kms_hasher.audit.workspace import BY_ID, BY_THE_REST, Workspace
 from kms_hasher.exceptions import ConfigurationError
@@ -114,9 +114,9 @@ def reconcile(
     Compare CloudTrail with the audit, store what does not fit as findings, and report.
 
     `since` and `until` are aware times: what is outside is not judged, and nothing is
-    remembered of how far it came. Files that cannot be read are in `Report.errors`. Raises
-    `TrailError` for a path that does not exist, `ConfigurationError`, and `KMSError` if a
-    look-up fails.
+    remembered of how far it came. Files that cannot be read and look-ups that fail are in
+    `Report.errors`. Raises `TrailError` for a path that does not exist, and
+    `ConfigurationError`.
     """
     if conf.get().audit == "off":
         raise ConfigurationError(AUDIT_IS_OFF)
@@ -288,8 +288,8 @@ def _silences(trail: Trail) -> dict[str, str]:
     end = trail.range.now - SILENCE
     for region in sorted(trail.keys.regions):
         cover = trail.covered.get(region)
-        start = cover.last + LATE if cover else trail.unread_since(region)
-        after = Q() if start is None else Q(time__gte=of_seconds(start))
+        start = cover.last + LATE if cover else trail.unread_since(region) or EARLIEST
+        after = Q(time__gte=of_seconds(start))
         rows = _answered().filter(after, trail.keys.events_of(region))
         first = rows.filter(time__lte=of_seconds(end)).order_by("time", "pk").first()
         if first is None:
