@@ -20,6 +20,7 @@ from kms_hasher.audit.site import Keys
 from kms_hasher.exceptions import KMSConnectionError
 from kms_hasher.models import (
     AliasPeriod,
+    AuditEvent,
     AuditEvidence,
     AuditFinding,
     AuditHour,
@@ -330,8 +331,13 @@ def test_nothing_moves_the_cursor_of_a_terminal(tmp_path: Path) -> None:
 
 def test_an_event_before_all_times_silences_nothing(tmp_path: Path) -> None:
     made(datetime.datetime(1970, 1, 2, tzinfo=UTC))
+    if connection.vendor == "postgresql":
+        raw(AuditEvent, "time", "'-infinity'")
     write(tmp_path, at(10), [])
     assert not compare(tmp_path).errors
+    write(tmp_path, at(11), [*traffic(), strange(-60), odd := strange()])
+    report = compare(tmp_path)
+    assert report.early == 1 and unknown() == {odd["eventID"]}
 
 
 TIMES = {

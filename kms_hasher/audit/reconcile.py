@@ -222,8 +222,9 @@ def _events(spans: Iterable[tuple[int, int]]) -> Iterator[list[AuditEvent]]:
 
 
 def _answered() -> QuerySet[AuditEvent]:
-    """Return the events that `_leaves_a_record` is true of."""
+    """Return the events that `_leaves_a_record` is true of, if their time is one."""
     rows = AuditEvent.objects.exclude(request_ids="").only("time")
+    rows = rows.filter(time__gte=of_seconds(EARLIEST))
     return rows.filter(outcome=signals.SUCCESS, operation__in=OPERATIONS.values())
 
 
@@ -288,8 +289,8 @@ def _silences(trail: Trail) -> dict[str, str]:
     end = trail.range.now - SILENCE
     for region in sorted(trail.keys.regions):
         cover = trail.covered.get(region)
-        start = cover.last + LATE if cover else trail.unread_since(region) or EARLIEST
-        after = Q(time__gte=of_seconds(start))
+        start = cover.last + LATE if cover else trail.unread_since(region)
+        after = Q() if start is None else Q(time__gte=of_seconds(start))
         rows = _answered().filter(after, trail.keys.events_of(region))
         first = rows.filter(time__lte=of_seconds(end)).order_by("time", "pk").first()
         if first is None:
