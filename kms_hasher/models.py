@@ -14,6 +14,7 @@ from django.utils import translation
 from django.utils.translation import gettext_lazy as _
 
 from kms_hasher import signals
+from kms_hasher.fields import BoundedTime, Details, Number, printable
 
 
 def in_english(row: models.Model) -> str:
@@ -163,9 +164,9 @@ class RotationRun(models.Model):
         related_name="+",
         verbose_name=_("previous key"),
     )
-    started_at = models.DateTimeField(_("started at"))
-    updated_at = models.DateTimeField(_("last sign of life"))
-    finished_at = models.DateTimeField(_("finished at"), null=True, blank=True)
+    started_at = BoundedTime(_("started at"))
+    updated_at = BoundedTime(_("last sign of life"))
+    finished_at = BoundedTime(_("finished at"), null=True, blank=True)
     started_by = models.CharField(_("started by"), max_length=255, blank=True)
     plan = models.JSONField(
         _("plan"),
@@ -272,7 +273,7 @@ class AuditHour(models.Model):
     is read is the sum over the slots.
     """
 
-    hour = models.DateTimeField(_("hour"), help_text=_("Its beginning."))
+    hour = BoundedTime(_("hour"), help_text=_("Its beginning."))
     key_ref = models.CharField(_("key ref"), max_length=30, blank=True)
     operation = models.CharField(_("operation"), max_length=32)
     purpose = models.CharField(_("purpose"), max_length=16)
@@ -451,20 +452,20 @@ class AuditFinding(models.Model):
     )
     subject = models.TextField(_("subject"))
     key_ref = models.CharField(_("key ref"), max_length=30, blank=True)
-    first_seen = models.DateTimeField(_("first seen"))
-    last_seen = models.DateTimeField(_("last seen"))
-    count = models.BigIntegerField(_("count"), default=1)
-    details = models.JSONField(_("details"), default=dict, blank=True)
-    acknowledged_at = models.DateTimeField(_("acknowledged at"), null=True, blank=True)
+    first_seen = BoundedTime(_("first seen"))
+    last_seen = BoundedTime(_("last seen"))
+    count = Number(_("count"), default=1)
+    details = Details(_("details"), default=dict, blank=True)
+    acknowledged_at = BoundedTime(_("acknowledged at"), null=True, blank=True)
     acknowledged_by = models.CharField(_("acknowledged by"), max_length=255, blank=True)
-    resolved_at = models.DateTimeField(
+    resolved_at = BoundedTime(
         _("resolved at"),
         null=True,
         blank=True,
         help_text=_("When it was explained by what came later."),
     )
-    alarmed_at = models.DateTimeField(null=True, blank=True, editable=False)
-    mailed_at = models.DateTimeField(null=True, blank=True, editable=False)
+    alarmed_at = BoundedTime(null=True, blank=True, editable=False)
+    mailed_at = BoundedTime(null=True, blank=True, editable=False)
 
     class Meta:
         verbose_name = _("finding")
@@ -474,7 +475,7 @@ class AuditFinding(models.Model):
         permissions = [("acknowledge_auditfinding", "Can acknowledge findings")]
 
     def __str__(self) -> str:
-        return f"{self.get_kind_display()}: {self.subject}"
+        return printable(f"{self.get_kind_display()}: {self.subject}")
 
     @property
     def is_open(self) -> bool:
@@ -496,7 +497,7 @@ class AuditEvidence(models.Model):
         unique=True,
         help_text=_("CloudTrail's eventID, or the number of an event here."),
     )
-    time = models.DateTimeField(_("time"))
+    time = BoundedTime(_("time"))
     operation = models.CharField(_("operation"), max_length=64)
     request_id = models.CharField(_("request id"), max_length=320, blank=True)
     error_code = models.CharField(_("error code"), max_length=320, blank=True)
@@ -510,7 +511,7 @@ class AuditEvidence(models.Model):
         blank=True,
         help_text=_("Whose stored password it is: column and primary key. Empty if nobody's."),
     )
-    explained_at = models.DateTimeField(_("explained at"), null=True, blank=True)
+    explained_at = BoundedTime(_("explained at"), null=True, blank=True)
 
     class Meta:
         verbose_name = _("evidence")
@@ -544,8 +545,8 @@ class TrailMark(models.Model):
     """Up to when the events of a Region have been looked for in CloudTrail."""
 
     region = models.CharField(_("Region"), max_length=64, unique=True)
-    until = models.DateTimeField(_("until"))
-    updated_at = models.DateTimeField(_("updated at"), auto_now=True)
+    until = BoundedTime(_("until"))
+    updated_at = BoundedTime(_("updated at"), auto_now=True)
 
     class Meta:
         verbose_name = _("CloudTrail mark")

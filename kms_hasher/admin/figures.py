@@ -163,7 +163,7 @@ def time_left(run: RotationRun, sums: Sums, since: str) -> str:
 
 
 def _seconds(run: RotationRun) -> float:
-    return ((run.finished_at or run.updated_at) - run.started_at).total_seconds()
+    return float(((run.finished_at or run.updated_at) - run.started_at).total_seconds())
 
 
 def _span(seconds: float) -> str:

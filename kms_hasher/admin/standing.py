@@ -88,7 +88,7 @@ def trail_shown(request: HttpRequest) -> dict[str, Any] | None:
             "region": mark.region,
             "until": time(mark.until),
             "age": age(now - mark.until),
-            "is_late": now - mark.updated_at > LATE,
+            "is_late": abs(now - mark.updated_at) > LATE,  # nobody has looked tomorrow
             "at": time(mark.updated_at),
         }
         for mark in marks.order_by("until")[:ON_PAGE]

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from django.db.models import Q
+from django.db.models import F, Q
 from django.dispatch import Signal
 from django.utils import timezone, translation
 
@@ -71,7 +71,7 @@ def give(finding: AuditFinding) -> bool:
     A receiver or log handler that fails stops nothing.
     """
     now = timezone.now()
-    due = Q(alarmed_at=None) | Q(alarmed_at__lt=now - QUIET)
+    due = findings.untold("alarmed_at") | Q(alarmed_at__lt=now - QUIET)
     # One process of several tells of it.
     if not AuditFinding.objects.filter(due, pk=finding.pk).update(alarmed_at=now):
         return False
@@ -113,14 +113,13 @@ def mail() -> int:
     from django.core.mail import mail_admins  # for a command alone
 
     now, sent = timezone.now(), 0
-    for finding in findings.open_findings().order_by("first_seen", "pk"):
-        before = finding.mailed_at
-        if before and (before > now - QUIET or finding.last_seen <= before):
-            continue
+    gone_on = Q(mailed_at__lte=now - QUIET, last_seen__gt=F("mailed_at"))
+    due = findings.untold("mailed_at") | gone_on
+    for finding in findings.open_findings().filter(due).order_by("first_seen", "pk"):
         if sent == MAILS:
             break
-        mine = AuditFinding.objects.filter(pk=finding.pk, mailed_at=before)
-        if not mine.update(mailed_at=now):
+        before = finding.mailed_at
+        if not AuditFinding.objects.filter(due, pk=finding.pk).update(mailed_at=now):
             continue  # another process has just done so
         try:
             with translation.override(None):  # in English, as all that is no page

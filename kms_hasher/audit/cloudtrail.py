@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from kms_hasher import encoding
 from kms_hasher.audit.trail_file import records
 from kms_hasher.exceptions import MalformedHash, TrailError
+from kms_hasher.fields import YEARS, printable
 
 #: What is kept of any one text.
 MAX_TEXT = 320
@@ -231,14 +232,14 @@ def _inner(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def _time(value: object) -> datetime.datetime:
     if not isinstance(value, str) or not value.endswith("Z"):
         raise ValueError("eventTime is no time in UTC")
-    return datetime.datetime.fromisoformat(f"{value[:-1]}+00:00")
+    time = datetime.datetime.fromisoformat(f"{value[:-1]}+00:00")
+    if time.year not in YEARS:
+        raise ValueError("eventTime is no time of CloudTrail's")
+    return time
 
 
 def _text(value: object) -> str:
     """Return a text that may be stored and shown: no control character, no half of a pair."""
     if not isinstance(value, str):
         return ""
-    text = value[:MAX_TEXT]
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return printable(value[:MAX_TEXT])

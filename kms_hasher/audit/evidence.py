@@ -156,7 +156,7 @@ def unfinished(kinds: Sequence[AuditFinding.Kind]) -> list[int]:
     """Return open findings that a run which died has not told of, or not to its end."""
     rows = findings.open_findings(*kinds)
     not_asked = AuditEvidence.objects.filter(holder=None, finding__in=rows).exclude(sub="")
-    untold = rows.filter(alarmed_at=None).values_list("pk", flat=True)
+    untold = rows.filter(findings.untold("alarmed_at")).values_list("pk", flat=True)
     return sorted({*untold, *not_asked.values_list("finding", flat=True)})
 
 

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.utils import timezone
 
 from kms_hasher.models import AuditFinding
@@ -18,6 +18,9 @@ Kind, Severity = AuditFinding.Kind, AuditFinding.Severity
 
 #: The worst last.
 SEVERITIES = (Severity.WARNING, Severity.CRITICAL)
+
+#: How far the clock of another process may be ahead. A later time is none of ours.
+AHEAD = datetime.timedelta(minutes=5)
 
 
 class Found(NamedTuple):
@@ -49,7 +52,8 @@ def record(found: Found, *, fresh: bool | None = None) -> tuple[AuditFinding, bo
     Return the row of what was found, and whether it is news.
 
     It is if it is new, or was acknowledged or resolved and has been seen again: `fresh` says
-    so, by default a later time does.
+    so, by default a later time does. Anybody can work out `dedup_key`, so of a row that was
+    there before nothing counts that may hide what was found.
     """
     finding, made = AuditFinding.objects.get_or_create(
         dedup_key=found.dedup_key,
@@ -67,9 +71,12 @@ def record(found: Found, *, fresh: bool | None = None) -> tuple[AuditFinding, bo
     if made:
         return finding, True
     closed = finding.acknowledged_at or finding.resolved_at
-    reopened = closed is not None and (found.last > closed if fresh is None else fresh)
-    finding.subject = found.subject
-    finding.severity = max(found.severity, Severity(finding.severity), key=SEVERITIES.index)
+    if fresh is None and closed is not None:
+        fresh = found.last > closed or closed > timezone.now() + AHEAD
+    reopened = (closed is not None and bool(fresh)) or finding.kind != found.kind
+    finding.kind, finding.key_ref, finding.subject = found.kind, found.key_ref, found.subject
+    known = [each for each in SEVERITIES if each == finding.severity]
+    finding.severity = max([found.severity, *known], key=SEVERITIES.index)
     finding.first_seen = min(finding.first_seen, found.first)
     finding.last_seen = max(finding.last_seen, found.last)
     finding.count = max(finding.count, found.number)
@@ -78,7 +85,8 @@ def record(found: Found, *, fresh: bool | None = None) -> tuple[AuditFinding, bo
         finding.acknowledged_at = finding.resolved_at = None
         finding.alarmed_at = finding.mailed_at = None
         finding.acknowledged_by = ""
-    names = ["subject", "severity", "first_seen", "last_seen", "count", "details"]
+    names = ["kind", "key_ref", "subject", "severity", "details"]
+    names += ["first_seen", "last_seen", "count"]
     if reopened:
         names += ["acknowledged_at", "acknowledged_by", "resolved_at"]
         names += ["alarmed_at", "mailed_at"]
@@ -99,6 +107,11 @@ def open_findings(*kinds: AuditFinding.Kind) -> QuerySet[AuditFinding]:
     """Return what nobody has acknowledged and nothing has explained, of some kinds or all."""
     found = AuditFinding.objects.filter(acknowledged_at=None, resolved_at=None)
     return found.filter(kind__in=kinds) if kinds else found
+
+
+def untold(name: str) -> Q:
+    """Return the condition for findings that were never told of, as a field has it."""
+    return Q(**{name: None}) | Q(**{f"{name}__gt": timezone.now() + AHEAD})
 
 
 def as_json(finding: AuditFinding) -> dict[str, Any]:

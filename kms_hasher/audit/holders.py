@@ -27,7 +27,9 @@ OF_DATA_KEY = "{column} {pk}: {number} passwords"
 
 _ENVELOPE = modes.MODES["envelope"].code
 _DATA_KEY = DataKey._meta.label
-_OF_DATA_KEY = re.compile(rf"{re.escape(_DATA_KEY)}\.\S+ (?:\(.*\) )?(\d+): (\d+) passwords")
+_OF_DATA_KEY = re.compile(
+    rf"{re.escape(_DATA_KEY)}\.\S+ (?:\(.*\) )?(\d{{1,18}}): (\d{{1,18}}) passwords"
+)
 
 
 class _DataKey(NamedTuple):
@@ -78,7 +80,8 @@ def number(finding: AuditFinding) -> int:
     of_keys = rows.filter(holder__startswith=_DATA_KEY).values_list("sub", "holder").distinct()
     most: dict[str, int] = defaultdict(int)
     for sub, holder in of_keys:
-        most[sub] = max([most[sub], *(n for _, n in _told_data_keys([holder or ""]))])
+        for _, number in _told_data_keys([holder or ""]):
+            most[sub] = max(most[sub], number)
     return rows.values("sub").distinct().count() - len(most) + sum(most.values())
 
 

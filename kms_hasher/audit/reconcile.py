@@ -28,7 +28,7 @@ from kms_hasher.audit import (
     workspace,
 )
 from kms_hasher.audit.cloudtrail import Call
-from kms_hasher.audit.site import is_ours, of_seconds, seconds_of, utc
+from kms_hasher.audit.site import EARLIEST, is_ours, of_seconds, seconds_of, utc
 from kms_hasher.audit.trail import LATE, SETTLE, SKEW, Range, Trail
 from kms_hasher.audit.workspace import BY_ID, BY_THE_REST, Workspace
 from kms_hasher.exceptions import ConfigurationError
@@ -114,9 +114,9 @@ def reconcile(
     Compare CloudTrail with the audit, store what does not fit as findings, and report.
 
     `since` and `until` are aware times: what is outside is not judged, and nothing is
-    remembered of how far it came. Files that cannot be read are in `Report.errors`. Raises
-    `TrailError` for a path that does not exist, `ConfigurationError`, and `KMSError` if a
-    look-up fails.
+    remembered of how far it came. Files that cannot be read and look-ups that fail are in
+    `Report.errors`. Raises `TrailError` for a path that does not exist, and
+    `ConfigurationError`.
     """
     if conf.get().audit == "off":
         raise ConfigurationError(AUDIT_IS_OFF)
@@ -222,8 +222,9 @@ def _events(spans: Iterable[tuple[int, int]]) -> Iterator[list[AuditEvent]]:
 
 
 def _answered() -> QuerySet[AuditEvent]:
-    """Return the events that `_leaves_a_record` is true of."""
+    """Return the events that `_leaves_a_record` is true of, if their time is one."""
     rows = AuditEvent.objects.exclude(request_ids="").only("time")
+    rows = rows.filter(time__gte=of_seconds(EARLIEST))
     return rows.filter(outcome=signals.SUCCESS, operation__in=OPERATIONS.values())
 
 

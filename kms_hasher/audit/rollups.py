@@ -37,6 +37,9 @@ RESOLUTION = 4
 #: The bucket of what is no call and took no time: see `signals.PARSE`.
 NO_CALL = -1
 
+#: The most that a bucket and a row's number can be, unless somebody else put them there.
+LAST_BUCKET, MOST = 63 * RESOLUTION, 2**40
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -179,6 +182,7 @@ def bucket_of(operation: str, latency_us: int) -> int:
 
 def middle(bucket: int) -> float:
     """Return the latency in seconds that is as far from either end of a bucket, as a ratio."""
+    bucket = min(max(bucket, 0), LAST_BUCKET)
     return float(2 ** ((bucket + 0.5) / RESOLUTION)) / 1_000_000
 
 
@@ -227,7 +231,7 @@ def _read(
 ) -> list[_Row]:
     if unknown := {*by, *filters} - {"hour", *GROUPS}:
         raise ValueError(f"not one of {', '.join(GROUPS)}: {', '.join(sorted(unknown))}")
-    rows = AuditHour.objects.filter(hour__gte=hour_of(since), **filters)
+    rows = AuditHour.objects.filter(hour__gte=hour_of(since), count__range=(1, MOST), **filters)
     if until is not None:
         rows = rows.filter(hour__lt=until)
     names = (*by, "outcome", *(["bucket"] if latency else []))

@@ -4,8 +4,10 @@ What of CloudTrail is this site's: the keys, the contexts, and times as the data
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import re
 from typing import TYPE_CHECKING
 
 from django.conf import settings
@@ -14,7 +16,7 @@ from django.utils import timezone
 
 from kms_hasher import calls, conf, encoding
 from kms_hasher.exceptions import MalformedHash
-from kms_hasher.models import AliasPeriod, AuditEvent, Key
+from kms_hasher.models import AliasPeriod, AuditEvent, AuditHour, Key
 
 if TYPE_CHECKING:
     from kms_hasher.audit.cloudtrail import Call, Context
@@ -38,8 +40,20 @@ USES = frozenset(
 )
 
 
+#: Seconds. A time before it is no event's, though the database may have one.
+EARLIEST = 946_684_800
+
+#: How the name of a Region looks, in the database as well.
+_REGION = re.compile(r"[a-z0-9-]{1,32}")
+
+
 class Keys:
-    """The keys of this site, of the key history and the settings, and their Regions."""
+    """
+    The keys of this site and their Regions, as the settings and the key history have them.
+
+    A row of the history can be deleted, so that a call is this site's as well if its context
+    says so, or if calls were counted on its key.
+    """
 
     def __init__(self) -> None:
         now = conf.get()
@@ -48,17 +62,37 @@ class Keys:
         self._refs = {*self._regions, *filter(None, map(key_ref, named_keys()))}
         self._home = now.home.region if now.home else str(now.options.get("region") or "")
         others = {*map(calls.region_of, now.previous_keys), *now.fallback_regions}
-        self.regions = {*self._regions.values(), self._home, *others} - {""}
+        stored = filter(_REGION.fullmatch, self._regions.values())
+        self.regions = {*stored, self._home, *others} - {""}
         arns = [key for key in keys if key.startswith("arn:")]
+        named = [key for key in named_keys() if key.startswith("arn:")]
+        self._accounts = {key.split(":")[4] for key in named}
+        self._deployment = now.deployment
         self._aliases = {each for key in arns for each in (key, *now.replicas(key))}
         self._names = {key for key in keys if key.startswith("alias/")}
 
     def include(self, call: Call) -> bool:
-        """Return whether the call is on a key or an alias of this site."""
-        return any(
-            key_ref(key) in self._refs or key in self._aliases or self._is_named(key)
-            for key in call.keys
+        """Return whether the call is on a key or an alias of this site, or may be."""
+        return any(map(self._has, call.keys)) or (
+            any(map(is_ours, call.contexts)) and self._is_near(call)
         )
+
+    def _has(self, key: str) -> bool:
+        if key in self._aliases or self._is_named(key):
+            return True
+        ref = key_ref(key)
+        return ref in self._refs or (bool(ref) and ref in self._used)
+
+    @functools.cached_property
+    def _used(self) -> set[str]:
+        """The refs of all keys that calls were counted on."""
+        return set(AuditHour.objects.order_by().values_list("key_ref", flat=True).distinct())
+
+    def _is_near(self, call: Call) -> bool:
+        """Return whether a call with our context is none of another site without a name."""
+        if self._deployment or not self._accounts:
+            return True
+        return any(key.split(":")[4] in self._accounts for key in call.keys)
 
     def _is_named(self, key: str) -> bool:
         """Return whether it is the ARN of an alias that the settings have by its name alone."""
@@ -73,9 +107,10 @@ class Keys:
         """Regions and accounts of each alias, which are those of the keys it pointed to."""
         rows = AliasPeriod.objects.filter(alias__in=self._names)
         found: dict[str, set[tuple[str, str]]] = {}
-        for alias, arn in rows.values_list("alias", "key__arn").distinct().order_by():
-            region, account = arn.split(":", 5)[3:5]
-            found.setdefault(alias, set()).add((region, account))
+        for alias, text in rows.values_list("alias", "key__arn").distinct().order_by():
+            with contextlib.suppress(MalformedHash):
+                arn = encoding.ARN.parse(text)
+                found.setdefault(alias, set()).add((arn.region, arn.account))
         return found
 
     def events_of(self, region: str) -> Q:

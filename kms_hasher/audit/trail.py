@@ -7,7 +7,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from kms_hasher.audit import cloudtrail
 from kms_hasher.audit.cloudtrail import Call, Read
 from kms_hasher.audit.site import Keys, of_seconds, seconds_of, utc
 from kms_hasher.audit.workspace import PAGE, File, Workspace, pages, seconds
-from kms_hasher.exceptions import ConfigurationError, TrailError
+from kms_hasher.exceptions import ConfigurationError, KMSError, TrailError
 from kms_hasher.models import TrailFile, TrailMark
 
 #: Seconds. A clock that is further off is refused by KMS.
@@ -38,6 +38,12 @@ _STATE = ("digest", "size", "modified")
 NO_LOOKUP = 'The provider cannot look up CloudTrail: only "aws" can. Name files instead.'
 NO_REGION = "Nobody knows in which Region to look: give KMS_HASHER['KEY'] as an ARN."
 DAMAGED = "LookupEvents in {region}: {number} records are not as CloudTrail writes them."
+NOT_LOOKED_UP = "LookupEvents in {region} failed: {error}"
+AHEAD = (
+    "CloudTrail in {region} is marked as compared up to {until:%Y-%m-%d %H:%M} UTC, which is "
+    "yet to come. Somebody moved the mark, or a clock was wrong: it counts for nothing, and "
+    "all files were read again. Look up again what may have been left out, with --since."
+)
 GAP = (
     "Nothing was read of CloudTrail in {region} from {since:%Y-%m-%d %H:%M} to "
     "{until:%Y-%m-%d %H:%M} UTC: events of that time were not looked for. Name the whole "
@@ -85,14 +91,24 @@ class Trail:
     duplicates: int = 0
 
     def __post_init__(self) -> None:
-        self._marks = {mark.region: seconds_of(mark.until) for mark in TrailMark.objects.all()}
+        self._marks: dict[str, int] = {}
+        for mark in TrailMark.objects.order_by("region"):
+            if mark.region not in self.keys.regions:
+                continue
+            until = seconds_of(mark.until)
+            if until <= self.range.now:
+                self._marks[mark.region] = until
+            else:
+                self.errors.append(AHEAD.format(region=mark.region, until=utc(until)))
+        # Then nobody knows what was compared.
+        self._is_misled = bool(self.errors)
 
     # --- reading ---------------------------------------------------------------------
 
     def read_files(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         """Read files and folders. Raises `TrailError` for a path that does not exist."""
         for page in pages(cloudtrail.files(paths)):
-            known = {} if self.range.is_given else _known_files(page)
+            known = {} if self.range.is_given or self._is_misled else _known_files(page)
             for path in page:
                 self._read_file(path, known)
 
@@ -103,7 +119,7 @@ class Trail:
                 self.passed_over += 1
                 return
             self.files += 1
-            last, regions = self._take(cloudtrail.read(path))
+            last, regions = self._take(cloudtrail.read(path), self._cover)
         except TrailError as error:
             self.errors.append(_printable(str(error)))
         except OSError as error:
@@ -120,7 +136,8 @@ class Trail:
         """
         Read what LookupEvents gives, since the last time or for a day.
 
-        Raises `ConfigurationError` if the provider has no such thing, and `KMSError`.
+        Where it fails, that is one of the errors. Raises `ConfigurationError` if the provider
+        has no such thing.
         """
         events = getattr(calls.provider(), "lookup_events", None)
         if events is None:
@@ -132,15 +149,26 @@ class Trail:
             start = start if self.range.since is None else self.range.since
             end = self.range.now if self.range.until is None else self.range.until
             bad: list[object] = []
-            self._take(_readable(events(region, utc(start), utc(end)), bad))
+            try:
+                self._take(_readable(events(region, utc(start), utc(end)), bad))
+            except KMSError as error:
+                # The last events come first: it was not read up to any time.
+                self.errors.append(NOT_LOOKED_UP.format(region=region, error=error))
+                continue
             if bad:
                 self.errors.append(DAMAGED.format(region=region, number=len(bad)))
             # Where nobody called, it is known that nobody did.
             self._cover(region, start)
             self._cover(region, end - SETTLE)
 
-    def _take(self, found: Iterable[Read]) -> tuple[int, set[str]]:
-        """Put the calls on our keys into the workspace; return last time and Regions."""
+    def _take(
+        self, found: Iterable[Read], cover: Callable[[str, int], None] | None = None
+    ) -> tuple[int, set[str]]:
+        """
+        Put the calls on our keys into the workspace; return last time and Regions.
+
+        `cover` is told the Region, if it is one of our keys', and time of each record.
+        """
         batch: list[Call] = []
         last, regions = 0, set()
         try:
@@ -148,8 +176,9 @@ class Trail:
                 self.records += 1
                 at = seconds(time)
                 last = max(last, at)
-                regions.add(region)
-                self._cover(region, at)
+                if cover and region in self.keys.regions:
+                    regions.add(region)
+                    cover(region, at)
                 if call and self.keys.include(call):
                     batch.append(call)
                     if len(batch) == PAGE:

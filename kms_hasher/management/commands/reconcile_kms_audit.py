@@ -13,6 +13,7 @@ from django.db import DatabaseError
 from kms_hasher.audit import alarms, findings, holders
 from kms_hasher.audit.reconcile import KINDS, Report, reconcile
 from kms_hasher.exceptions import KMSHasherError
+from kms_hasher.fields import printable
 from kms_hasher.management.commands._walk import _formatter
 from kms_hasher.models import AuditFinding, in_english
 
@@ -31,10 +32,12 @@ Examples:
 
 What was compared before is passed over. Findings are rows in the admin, and stay open until
 somebody acknowledges them. Exit status: 0 no open finding, 1 refused, failed or not all could
-be read, 3 there are open findings. --finding: 0 listed, 1 refused or failed.
+be read, 3 there are open findings, or some were found now. --finding: 0 listed, 1 refused or
+failed.
 """
 
 OPEN = "Open findings: {number}."
+FOUND_NOW = "Calls and events found now: {number}, though no finding is open: see the admin."
 NOT_READ = "Not all could be read or compared; problems: {number}."
 ALONE = "--finding lists the accounts of one finding, and takes nothing but --json."
 NO_FINDING = "There is no finding {pk}."
@@ -98,9 +101,11 @@ class Command(BaseCommand):
         except DatabaseError as error:
             # Only its kind: what the database says may quote a row.
             self._fail(DATABASE_FAILED.format(error=type(error).__name__), options["json"])
+        # The rows are what whoever owns the database makes of them.
+        new = report.new + report.new_missing
         if options["json"]:
             told = {
-                "ok": not (number or report.errors),
+                "ok": not (number or new or report.errors),
                 **dataclasses.asdict(report),
                 "open": number,
                 "findings": [findings.as_json(each) for each in listed],
@@ -110,6 +115,8 @@ class Command(BaseCommand):
             self._show(report, listed)
         if number:
             raise CommandError(OPEN.format(number=number), returncode=FOUND)
+        if new:
+            raise CommandError(FOUND_NOW.format(number=new), returncode=FOUND)
         if report.errors:
             raise CommandError(NOT_READ.format(number=len(report.errors)), returncode=FAILED)
 
@@ -128,7 +135,7 @@ class Command(BaseCommand):
                 self.stdout.write(json.dumps(told, indent=2))
             else:
                 for name in names:
-                    self.stdout.write(name)
+                    self.stdout.write(printable(name))
         except KMSHasherError as error:
             self._fail(str(error), options["json"])
         except DatabaseError as error:
