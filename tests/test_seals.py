@@ -608,6 +608,9 @@ def test_a_seal_behind_the_newest_does_not_keep_kms_from_being_asked(log: None) 
     assert report.last and report.last.sequence == 3.5
     told = json.loads(run("verify_kms_audit", "--json", status=3)[0])
     assert told["last"]["sequence"] == 3.5
+    AuditSeal.objects.filter(pk=last.pk + 1000).update(pruned_at=START)
+    report = verified()
+    assert (report.pruned, verification.SEALS_UNREADABLE in texts()) == (0, True)
 
 
 @loose
@@ -670,7 +673,6 @@ UNREADABLE = {
             ("late", "CAST(x'ff' AS TEXT)"),
             ("late", "NULL"),
             ("late", "x'ff'"),
-            ("late", "'" + " ".join(map(str, range(1000, 300_000))) + "'"),
             ("anchors", "'" + "[" * 200_000 + "]" * 200_000 + "'"),
             ("pruned_at", "'x'"),
             ("sealed_at", "'2026-13-45 00:00:00'"),
@@ -691,6 +693,25 @@ HOSTILE = [
     for table, values in UNREADABLE.get(connection.vendor, {}).items()
     for column, value in values
 ]
+
+
+@pytest.mark.skipif(connection.vendor != "sqlite", reason="others take as many values")
+def test_more_late_events_than_can_be_asked_for(log: None, configure: Any) -> None:
+    configure(AUDIT="off")
+    late = " ".join(map(str, range(1000, 300_000)))
+    raw(AuditSeal, "UPDATE {table} SET late = %s WHERE sequence = 1", late)
+    assert verification.UNREADABLE.format(sequence=1) in texts()
+
+
+@pytest.mark.skipif(connection.vendor != "sqlite", reason="others cannot compare them")
+def test_sequences_that_are_texts(log: None, configure: Any) -> None:
+    configure(AUDIT="off")
+    columns = [field.column for field in AuditSeal._meta.concrete_fields]
+    columns[columns.index("sequence")] = "CAST(sequence AS TEXT) AS sequence"
+    raw(AuditSeal, f"CREATE TABLE texts AS SELECT {', '.join(columns)} FROM {{table}}")
+    raw(AuditSeal, "DROP TABLE {table}")
+    raw(AuditSeal, "ALTER TABLE texts RENAME TO {table}")
+    assert verified().numbers["seal"]
 
 
 @pytest.mark.parametrize(("table", "column", "value"), HOSTILE)
@@ -856,12 +877,27 @@ def test_a_mac_is_of_the_seal_and_of_its_ciphertext(
     assert seen == [b"kms_hasher audit anchor 1\0" + canonical.sha256(whole).digest()]
 
 
-@pytest.mark.parametrize("name", ["mac", "mac_key", "context_key", "ciphertext"])
-@pytest.mark.parametrize(
+in_other_ways = pytest.mark.parametrize(
     "change",
     [str.swapcase, lambda each: each + " ", lambda each: each + "\n", lambda each: each + "="],
     ids=["case", "blank", "line", "padding"],
 )
+
+
+@in_other_ways
+@pytest.mark.parametrize("name", ["context_key", "ciphertext"])
+def test_the_only_anchor_written_in_another_way_is_found(
+    name: str, change: Callable[[str], str], small: None
+) -> None:
+    fill(3)
+    (seal,) = sealed()
+    seal.anchors[name] = change(seal.anchors[name])
+    seal.save(update_fields=["anchors"])
+    assert kinds() == {"anchor": 1}
+
+
+@in_other_ways
+@pytest.mark.parametrize("name", ["mac", "mac_key", "context_key", "ciphertext"])
 def test_an_anchor_written_in_another_way_is_found(
     name: str, change: Callable[[str], str], log: None
 ) -> None:
@@ -971,6 +1007,7 @@ def test_what_sqlite_stores_in_a_column_of_another_type_is_found(
     with transaction.atomic():
         raw(table, f"UPDATE {{table}} SET {column} = %s WHERE id = %s", value, _last(table))
         assert verified().numbers
+        json.loads(run("verify_kms_audit", "--json", status=3)[0])
         transaction.set_rollback(True)
 
 
@@ -1085,6 +1122,13 @@ def test_a_key_that_cannot_be_used_is_a_finding_if_no_setting_leads_to_it(
         sealed()
 
 
+def test_a_key_that_is_not_there_is_a_finding(small: None) -> None:
+    fill(3)
+    sealed()
+    named(str(uuid.uuid4()))
+    assert kinds() == {"anchor": 1}
+
+
 @pytest.mark.parametrize("error", [exceptions.KMSAccessDenied, exceptions.KMSTimeout])
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_denied_key_and_an_outage(
@@ -1177,11 +1221,13 @@ def test_a_key_that_a_mac_vouches_for_may_be_gone(
 def test_an_id_that_leaves_no_room_is_not_sealed(
     log: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seals, "ROOM", canonical.CEILING - 10**9)
-    raw(AuditEvent, "UPDATE {table} SET id = %s WHERE id = %s", 10**9 + 1, ids()[-1])
-    with pytest.raises(exceptions.SealRefused, match="1000000001"):
+    last = ids()[-1]
+    high = last + 10**6
+    monkeypatch.setattr(seals, "ROOM", canonical.CEILING - high + 1)
+    raw(AuditEvent, "UPDATE {table} SET id = %s WHERE id = %s", high, last)
+    with pytest.raises(exceptions.SealRefused, match=f"the id {high}, "):
         sealed(unchecked=True)
-    raw(AuditEvent, "DELETE FROM {table} WHERE id > %s", 10**9)
+    raw(AuditEvent, "DELETE FROM {table} WHERE id = %s", high)
     sealed()
     assert kinds() == {}
 
@@ -1306,6 +1352,17 @@ def test_a_pruning_is_carried_on_by_the_next_seal(
     assert kinds() == {"pruning": 1}
     AuditSeal.objects.filter(sequence=1).update(pruned_at=None, pruning_anchors={})
     assert kinds() == {"pruning": 1, "deleted": 10}
+
+
+def test_when_kms_cannot_tell_of_a_pruning_that_is_no_finding(
+    log: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune(1)
+    failing = mock.Mock(side_effect=exceptions.KMSTimeout())
+    monkeypatch.setattr(type(keyring.provider()), "generate_mac", failing)
+    report = verified()
+    assert not report.numbers
+    assert isinstance(report.unasked, exceptions.KMSTimeout)
 
 
 def test_what_was_pruned_while_it_was_read_is_no_finding(
