@@ -30,6 +30,7 @@ from kms_hasher.models import (
     AuditEvent,
     AuditEvidence,
     AuditFinding,
+    AuditSeal,
     DataKey,
     Key,
     TrailFile,
@@ -428,6 +429,21 @@ def test_calls_as_old_as_what_was_pruned_are_not_judged(tmp_path: Path) -> None:
     report = compare(tmp_path)
     assert (report.early, report.matched) == (4, 31)
     assert unknown() == {strange["eventID"]}
+
+
+@pytest.mark.parametrize("forged", ["marked", "inserted"])
+def test_a_pruning_that_never_was_hides_no_call(tmp_path: Path, forged: str) -> None:
+    known = [made(at(each)) for each in range(10)]
+    with mock.patch.object(timezone, "now", lambda: at(20)):
+        (seal,) = seals.seal(settle=0)
+    made(at(21))
+    if forged == "inserted":
+        seal.pk, seal.sequence, seal.last_id = None, 2, known[0].pk - 5
+        seal.save(force_insert=True)
+    AuditSeal.objects.filter(pk=seal.pk).update(pruned_at=at(20), pruning_anchors={})
+    strange = record(at(5), sub=new_sub(), caller=THIEF)
+    write(tmp_path, at(30), [*map(seen, known), strange])
+    assert (compare(tmp_path).unknown, unknown()) == (1, {strange["eventID"]})
 
 
 # --- attempts without an answer -----------------------------------------------------

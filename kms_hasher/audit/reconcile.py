@@ -255,15 +255,20 @@ def _begun() -> int | None:
     Return since when the audit knows of all calls, None if that cannot be told.
 
     Only answered calls tell when it began: KMS answers none by a clock that is far off, and one
-    such event would have all calls before the audit unknown. What was pruned is older than its
-    seal, and what was not may be older still.
+    such event would have all calls before the audit unknown. An event that was admitted late
+    may be older than all that is known of its time; so what was pruned counts as well, as far
+    as the events bear it out, since anybody with the database can say it.
     """
-    known = []
-    if first := _answered().order_by("time").first():
-        known.append(seconds_of(first.time) - SKEW)
-    if pruned := segments.pruned():
-        known.append(seconds_of(pruned.sealed_at))
-    return max(known, default=None)
+    first = _answered().order_by("time").first()
+    if first is None:
+        return None
+    begun = seconds_of(first.time) - SKEW
+    pruned = segments.pruned()
+    if pruned and not segments.pruned_events(pruned).exists():
+        after = _answered().filter(pk__gt=pruned.last_id).order_by("pk").first()
+        if after:
+            begun = max(begun, min(seconds_of(pruned.sealed_at), seconds_of(after.time)))
+    return begun
 
 
 def _kind(call: Call, times: Range, begun: int | None) -> str:

@@ -51,8 +51,8 @@ class Keys:
     """
     The keys of this site and their Regions, as the settings and the key history have them.
 
-    A row of the history can be deleted, so that a call is this site's as well if its context
-    says so, or if calls were counted on its key.
+    A row of the history can be deleted, so that a call is this site's as well if calls were
+    counted on its key, or if its context names this deployment.
     """
 
     def __init__(self) -> None:
@@ -65,17 +65,15 @@ class Keys:
         stored = filter(_REGION.fullmatch, self._regions.values())
         self.regions = {*stored, self._home, *others} - {""}
         arns = [key for key in keys if key.startswith("arn:")]
-        named = [key for key in named_keys() if key.startswith("arn:")]
-        self._accounts = {key.split(":")[4] for key in named}
-        self._deployment = now.deployment
+        # Without a name its context is that of every site that has none.
+        self._has_context = bool(now.deployment)
         self._aliases = {each for key in arns for each in (key, *now.replicas(key))}
         self._names = {key for key in keys if key.startswith("alias/")}
 
     def include(self, call: Call) -> bool:
         """Return whether the call is on a key or an alias of this site, or may be."""
-        return any(map(self._has, call.keys)) or (
-            any(map(is_ours, call.contexts)) and self._is_near(call)
-        )
+        ours = self._has_context and any(map(is_ours, call.contexts))
+        return ours or any(map(self._has, call.keys))
 
     def _has(self, key: str) -> bool:
         if key in self._aliases or self._is_named(key):
@@ -87,12 +85,6 @@ class Keys:
     def _used(self) -> set[str]:
         """The refs of all keys that calls were counted on."""
         return set(AuditHour.objects.order_by().values_list("key_ref", flat=True).distinct())
-
-    def _is_near(self, call: Call) -> bool:
-        """Return whether a call with our context is none of another site without a name."""
-        if self._deployment or not self._accounts:
-            return True
-        return any(key.split(":")[4] in self._accounts for key in call.keys)
 
     def _is_named(self, key: str) -> bool:
         """Return whether it is the ARN of an alias that the settings have by its name alone."""
