@@ -229,6 +229,7 @@ def test_shares_are_never_rounded_to_all_or_nothing() -> None:
         (1, 10**6, "< 0.01"),
         (10**6 - 1, 10**6, "> 99.99"),
         (1, 3, "33.33"),
+        (2, 58, "3.45"),
     ):
         assert dashboard._share(part, whole) == text + space
 

@@ -226,7 +226,8 @@ def _share(part: int, whole: int) -> str:
     elif 99.99 < percent < 100:
         text = "> " + formats.number_format(99.99, 2)
     else:
-        text = formats.number_format(percent, 2 if 0 < percent < 100 else 0)
+        # It cuts off what it does not show.
+        text = formats.number_format(round(percent, 2), 2 if 0 < percent < 100 else 0)
     return per_cent(text)
 
 

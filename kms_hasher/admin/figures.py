@@ -37,6 +37,9 @@ PLANNED = {
     "processes": _("processes"),
     "sleep": _("seconds between two pages of rows"),
     "settle": _("seconds for a moved alias to spread"),
+    "statement_timeout": _("seconds for a statement at the most"),
+    "replicas": _("read replicas"),
+    "max_lag": _("seconds that a replica may be late"),
     "left": _("keys the alias may still lead to"),
     "material": _("key material"),
     "spec": _("key spec"),
@@ -205,7 +208,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return number(int(value))
     if isinstance(value, dict):
-        return json.dumps(value)
+        return json.dumps(value) if value else ""
     return "" if value is None else str(formats.localize(value))
 
 
