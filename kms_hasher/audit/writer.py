@@ -29,7 +29,7 @@ WAIT = 5.0
 IDLE = 60.0
 
 #: How many events one commit may hold, beyond those of its first call.
-MAX_BATCH = 1_000
+MAX_BATCH = 5_000
 
 #: Events that nobody waits for are committed once there are so many, or the first of them
 #: has been held for so many seconds. While the database is out they are tried as often.
