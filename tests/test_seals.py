@@ -21,7 +21,15 @@ from django.db.models import F
 from django.utils import timezone
 
 from kms_hasher import encoding, exceptions, history, keyring
-from kms_hasher.audit import anchors, canonical, seals, segments, verification
+from kms_hasher.audit import (
+    anchors,
+    canonical,
+    pruning,
+    seals,
+    segments,
+    verification,
+    verification_report,
+)
 from kms_hasher.models import AuditEvent, AuditSeal
 from kms_hasher.providers.base import Provider
 from tests.tampering import (
@@ -1020,7 +1028,7 @@ def _last(table: Any) -> int:
 def test_findings_are_counted_and_the_first_kept(
     log: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verification, "KEPT", 5)
+    monkeypatch.setattr(verification_report, "KEPT", 5)
     raw(AuditEvent, "UPDATE {table} SET latency_us = latency_us + 1 WHERE id <= %s", ids()[24])
     report = verified()
     assert report.numbers == {"changed": 25}
@@ -1279,7 +1287,7 @@ def test_only_late_events_are_admitted(log: None) -> None:
 
 def mark_pruned(upto: int) -> AuditSeal:
     later = timezone.now() + datetime.timedelta(days=1)
-    return seals.mark_pruned(segments.seals().get(sequence=upto), later)
+    return pruning.mark_pruned(segments.seals().get(sequence=upto), later)
 
 
 def prune(upto: int) -> None:
@@ -1394,16 +1402,16 @@ def test_a_late_event_outlives_the_segment_it_came_too_late_for(log: None) -> No
 
 def test_what_can_be_pruned_is_told_by_the_time_of_the_seal(log: None) -> None:
     now = timezone.now()
-    assert seals.prunable_before(now - datetime.timedelta(days=1)) == 0
-    assert seals.prunable_before(now + datetime.timedelta(days=1)) == 3
+    assert pruning.prunable_before(now - datetime.timedelta(days=1)) == 0
+    assert pruning.prunable_before(now + datetime.timedelta(days=1)) == 3
     second = AuditSeal.objects.get(sequence=2)
-    assert seals.prunable_before(second.sealed_at) == 1
+    assert pruning.prunable_before(second.sealed_at) == 1
     with pytest.raises(exceptions.SealRefused, match="Seal 2 is not older than"):
-        seals.mark_pruned(second, second.sealed_at)
+        pruning.mark_pruned(second, second.sealed_at)
 
 
 def test_nothing_can_be_pruned_before_anything_is_sealed() -> None:
-    assert seals.prunable_before(timezone.now()) == 0
+    assert pruning.prunable_before(timezone.now()) == 0
 
 
 # --- the commands -------------------------------------------------------------------

@@ -16,7 +16,7 @@ from django.db import router, transaction
 from django.db.models import F, Q, QuerySet, Sum
 from django.utils import timezone
 
-from kms_hasher.audit import seals, segments, store
+from kms_hasher.audit import pruning, segments, store
 from kms_hasher.audit.rollups import bucket_of, hour_of
 from kms_hasher.models import AppendOnly, AuditEvent, AuditHour, AuditSeal
 
@@ -60,7 +60,7 @@ def prunable(cutoff: datetime.datetime, *, force: bool = False) -> Prunable:
     older = _older(cutoff)
     if newest is None:
         return Prunable(cutoff, None, older, 0)
-    upto = seals.prunable_before(cutoff)
+    upto = pruning.prunable_before(cutoff)
     seal = segments.seals().filter(sequence=upto).first()
     unsealed = older.filter(pk__gt=newest.last_id)
     if force:
@@ -77,11 +77,11 @@ def prune(what: Prunable, batch: int = BATCH) -> Iterator[int]:
     """
     if what.seal:
         # After a run that was killed, what it had not come to goes as well.
-        seal = seals.mark_pruned(what.seal, what.cutoff)
+        seal = pruning.mark_pruned(what.seal, what.cutoff)
         yield from _delete(segments.pruned_events(seal), batch)
     while what.loose is not None:
         # A seal made since the last batch keeps what it covers.
-        with seals.paused() as sealed:
+        with pruning.paused() as sealed:
             events = what.loose.filter(pk__gt=sealed).order_by("time", "pk")
             last = events.values_list("time", "pk")[batch - 1 : batch].first()
             some = events

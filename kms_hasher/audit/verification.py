@@ -9,35 +9,36 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from django.db import Error
 from django.db.models import QuerySet
 
 from kms_hasher.audit import anchors, canonical, seals, segments
-from kms_hasher.exceptions import AuditError, KMSError, KMSHasherError
+from kms_hasher.audit.verification_report import (
+    ANCHOR,
+    CHANGED,
+    DELETED,
+    EXPECTED,
+    INSERTED,
+    MISSING,
+    OVERDUE,
+    PRUNING,
+    SEAL,
+    SEGMENT,
+    UNREADABLE_AS,
+    UNSEALED,
+    Report,
+    read,
+)
+from kms_hasher.exceptions import AuditError, KMSError
 from kms_hasher.models import AuditSeal
-
-T = TypeVar("T")
-
-#: Findings that are kept, one by one; all are counted.
-KEPT = 1_000
-
-#: Characters that are quoted of a value in a finding.
-QUOTED = 200
 
 #: Seals read at a time.
 PAGE = 100
-
-# Kinds of findings.
-CHANGED, DELETED, INSERTED = "changed", "deleted", "inserted"
-SEGMENT, SEAL, MISSING, ANCHOR = "segment", "seal", "missing", "anchor"
-PRUNING, EXPECTED, OVERDUE, UNSEALED = "pruning", "expected", "overdue", "unsealed"
 
 EVENT_CHANGED = "Event {event} of segment {sequence} was changed after it was sealed."
 EVENT_DELETED = "Event {event} of segment {sequence} was deleted."
@@ -78,69 +79,11 @@ SEALING_OVERDUE = (
 )
 
 
-#: SQLite gives back what anybody put in, whatever the column's type; the owner of any database
-#: can change the types of columns, and nest JSON deeply.
-UNREADABLE_AS = (ValueError, TypeError, OverflowError, AttributeError, RecursionError)
-
-
-class Finding(NamedTuple):
-    """`sequence` is of the segment or seal, `event` the id, where they can be told."""
-
-    kind: str
-    text: str
-    sequence: int | None = None
-    event: int | None = None
-
-
 class Progress(NamedTuple):
     sequence: int
     last: int
     events: int
     seconds: float
-
-
-@dataclass
-class Report:
-    """
-    What was looked at and what was found.
-
-    `findings` holds the first `KEPT`, `numbers` how many there are of each kind. `unasked` is
-    why KMS could not be asked, if it could not, and `failed` what the database failed by: then
-    not all was looked at.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    numbers: Counter[str] = field(default_factory=Counter)
-    unasked: KMSHasherError | None = None
-    failed: Error | None = None
-    last: AuditSeal | None = None
-    pruned: int = 0
-    events: int = 0
-    unsealed: int = 0
-
-    def add(self, kind: str, text: str, sequence: int | None = None, **values: Any) -> None:
-        self.numbers[kind] += 1
-        if len(self.findings) < KEPT:
-            shown = {name: _shown(each) for name, each in values.items()}
-            text = text.format(sequence=_shown(sequence), **shown)
-            numbers = _number(sequence), _number(values.get("event"))
-            self.findings.append(Finding(kind, text, *numbers))
-
-    def add_all(self, other: Report) -> None:
-        self.numbers.update(other.numbers)
-        self.findings += other.findings[: KEPT - len(self.findings)]
-
-
-def _shown(value: Any) -> Any:
-    """Return what is told of a value from the database, whoever wrote it."""
-    if isinstance(value, (int, float)):
-        return value
-    text = value if isinstance(value, str) and value.isprintable() else ascii(value)
-    return text if len(text) <= QUOTED else f"{text[:QUOTED]}…"
-
-
-def _number(value: Any) -> int | None:
-    return value if type(value) is int else None
 
 
 def verify(
@@ -167,31 +110,11 @@ def verify(
     return report
 
 
-def _read(
-    report: Report, step: Callable[[], T], text: str, sequence: int | None = None
-) -> T | None:
-    """
-    Return what the step returns, or None if it reads what was never written: that is a finding.
-
-    So is what the database fails to give twice while it is not out: times that Python has not,
-    or bytes that are no text. Raises `Error` if the database is out.
-    """
-    for _ in range(2):
-        try:
-            return step()
-        except UNREADABLE_AS:
-            break
-        except Error:
-            segments.probe()
-    report.add(SEAL, text, sequence)
-    return None
-
-
 def _verify(
     report: Report, since: int, all_anchors: bool, expected: Sequence[tuple[int, str]]
 ) -> Iterator[Progress]:
     started = time.monotonic()
-    report.last = last = _read(report, segments.newest, SEALS_UNREADABLE)
+    report.last = last = read(report, segments.newest, SEALS_UNREADABLE)
     is_readable = not report.numbers
     if is_readable:
         _check_state(report)
@@ -199,16 +122,16 @@ def _verify(
     if last is None and is_readable:
         report.add(UNSEALED, NO_SEALS)
         return
-    for id_ in _read(report, segments.outside, SEALS_UNREADABLE) or ():
+    for id_ in read(report, segments.outside, SEALS_UNREADABLE) or ():
         report.add(INSERTED, EVENT_OUTSIDE, event=id_)
     _check_pruning(report)
     # By a number of another type the newest seal would be looked for in vain.
     upto = last.sequence if last and type(last.sequence) is int else canonical.CEILING
-    elsewhere = _read(report, partial(_late_in, upto), SEALS_UNREADABLE) or {}
+    elsewhere = read(report, partial(_late_in, upto), SEALS_UNREADABLE) or {}
     before: AuditSeal | None = None
     former = ""
     for seal in _in_order(report, upto):
-        hash_ = _read(report, partial(canonical.seal_hash, seal), UNREADABLE, seal.sequence)
+        hash_ = read(report, partial(canonical.seal_hash, seal), UNREADABLE, seal.sequence)
         if hash_ is None or not _check_place(report, seal, before, former):
             continue
         before, former = seal, hash_
@@ -219,12 +142,12 @@ def _verify(
         if seal.sequence >= since:
             _check_segment(report, seal, elsewhere)
         yield Progress(seal.sequence, upto, report.events, time.monotonic() - started)
-    if last and former != _read(report, partial(canonical.seal_hash, last), SEALS_UNREADABLE):
+    if last and former != read(report, partial(canonical.seal_hash, last), SEALS_UNREADABLE):
         report.add(SEAL, NOT_REACHED, last.sequence)
 
 
 def _check_state(report: Report) -> None:
-    state = _read(report, seals.state, SEALS_UNREADABLE)
+    state = read(report, seals.state, SEALS_UNREADABLE)
     if state is None:
         return
     report.unsealed = state.unsealed
@@ -234,7 +157,7 @@ def _check_state(report: Report) -> None:
 
 def _check_expected(report: Report, expected: Sequence[tuple[int, str]]) -> None:
     for sequence, value in expected:
-        told = _read(report, partial(_told, sequence), UNREADABLE, sequence)
+        told = read(report, partial(_told, sequence), UNREADABLE, sequence)
         if told is None:
             continue
         if not told:
@@ -250,13 +173,13 @@ def _told(sequence: int) -> tuple[str, ...]:
 
 
 def _check_pruning(report: Report) -> None:
-    pruned = _read(report, _pruned, SEALS_UNREADABLE)
+    pruned = read(report, _pruned, SEALS_UNREADABLE)
     report.pruned = pruned.sequence if pruned else 0
     if report.last is None:
         return
     check = partial(seals.check_pruning, report.last, pruned)
     try:
-        problem = _read(report, check, UNREADABLE, report.pruned)
+        problem = read(report, check, UNREADABLE, report.pruned)
     except (KMSError, AuditError) as error:
         report.unasked = error
         return
@@ -274,14 +197,14 @@ def _pruned() -> AuditSeal | None:
 def _check_stray_pruning(report: Report, seal: AuditSeal) -> None:
     _check_for_pruning(report, report.pruned + 1)
     again = segments.seals().filter(pk=seal.pk)
-    now = _read(report, again.first, UNREADABLE, seal.sequence)
+    now = read(report, again.first, UNREADABLE, seal.sequence)
     if now and (now.pruned_at or now.pruning_anchors) and now.sequence != report.pruned:
         report.add(PRUNING, STRAY_PRUNING, seal.sequence)
 
 
 def _check_for_pruning(report: Report, sequence: int) -> None:
     """Check anew what was pruned if segments up to this one were, meanwhile."""
-    pruned = _read(Report(), _pruned, SEALS_UNREADABLE)
+    pruned = read(Report(), _pruned, SEALS_UNREADABLE)
     if pruned and pruned.sequence >= sequence:
         _check_pruning(report)
 
@@ -303,14 +226,14 @@ def _in_order(report: Report, upto: int) -> Iterator[AuditSeal]:
     while True:
         rows = seals_.filter(sequence__gt=after)[:PAGE]
         step = partial(list[int], rows.values_list("sequence", flat=True))
-        sequences = _read(report, step, SEALS_UNREADABLE)
+        sequences = read(report, step, SEALS_UNREADABLE)
         if not sequences:
             break
         yield from _page(report, rows, sequences)
         number += len(sequences)
         after = max(after + 1, math.floor(sequences[-1]))
     # Of two with one sequence the second would be on no page.
-    if number != _read(report, seals_.count, SEALS_UNREADABLE):
+    if number != read(report, seals_.count, SEALS_UNREADABLE):
         report.add(SEAL, SAME_SEQUENCE)
 
 
@@ -318,13 +241,13 @@ def _page(
     report: Report, rows: QuerySet[AuditSeal], sequences: Sequence[int]
 ) -> Iterator[AuditSeal]:
     """Yield the seals of a page, one by one if they cannot be read at once."""
-    page = _read(Report(), partial(list[AuditSeal], rows), SEALS_UNREADABLE)
+    page = read(Report(), partial(list[AuditSeal], rows), SEALS_UNREADABLE)
     if page is not None:
         yield from page
         return
     for at, sequence in enumerate(sequences):
         one = partial(list[AuditSeal], rows[at : at + 1])
-        yield from _read(report, one, UNREADABLE, sequence) or ()
+        yield from read(report, one, UNREADABLE, sequence) or ()
 
 
 def _check_place(
@@ -351,7 +274,7 @@ def _check_place(
 def _check_anchors(report: Report, seal: AuditSeal, *, strict: bool) -> None:
     check = partial(anchors.check_seal, seal, strict=strict)
     try:
-        problem = _read(report, check, UNREADABLE, seal.sequence)
+        problem = read(report, check, UNREADABLE, seal.sequence)
     except (KMSError, AuditError) as error:
         report.unasked = error
         return
@@ -368,7 +291,7 @@ def _check_segment(report: Report, seal: AuditSeal, elsewhere: Mapping[int, int]
         return
     compare = partial(_compare, seal, elsewhere, pruned=seal.sequence <= report.pruned)
     unread = Report()
-    found = _read(unread, compare, UNREADABLE, seal.sequence) or unread
+    found = read(unread, compare, UNREADABLE, seal.sequence) or unread
     if found.numbers and seal.sequence > report.pruned:
         # It may have been pruned while it was read.
         _check_for_pruning(report, seal.sequence)

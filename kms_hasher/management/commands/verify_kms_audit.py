@@ -10,7 +10,8 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from kms_hasher.audit import verification
-from kms_hasher.audit.verification import Progress, Report
+from kms_hasher.audit.verification import Progress
+from kms_hasher.audit.verification_report import UNREADABLE_AS, Report
 from kms_hasher.exceptions import KMSHasherError
 from kms_hasher.management.commands._walk import LOG_EVERY, duration
 from kms_hasher.management.commands.seal_kms_audit import as_json
@@ -151,7 +152,7 @@ def _last(seal: AuditSeal) -> dict[str, Any] | None:
     try:
         told = as_json(seal)
         return told if len(json.dumps(told)) <= LENGTH else None
-    except verification.UNREADABLE_AS:
+    except UNREADABLE_AS:
         return None
 
 
