@@ -338,6 +338,20 @@ class TestSwapped:
             assert no_match(replaced(encoded, sealed=other.sealed))
             assert no_match(replaced(encoded, header=other.header))
 
+    def test_it_opens_under_its_own_header_alone(self, mode: str, encoded: str) -> None:
+        """Not only is the digest another's: what is sealed does not open at all."""
+        if mode == "mac":
+            return  # nothing is opened there: what is held is compared
+        header = encoding.parse(encoded).header
+        dearer = header.parameters._replace(time_cost=2)
+        for other in (
+            dataclasses.replace(header, salt=SALT[::-1].encode()),
+            dataclasses.replace(header, parameters=dearer),
+        ):
+            moved = dataclasses.replace(encoding.parse(encoded), header=other)
+            with pytest.raises((exceptions.InvalidCiphertext, exceptions.MalformedHash)):
+                keyring.open(moved)
+
     def test_with_other_costs(self, encoded: str) -> None:
         header = encoding.parse(encoded).header
         dearer = dataclasses.replace(header, parameters=header.parameters._replace(time_cost=2))
