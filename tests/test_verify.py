@@ -11,8 +11,9 @@ from django.conf import settings
 from django.contrib.auth.hashers import make_password
 from django.contrib.auth.models import User
 from django.core.management import CommandError, call_command
-from django.db import models
+from django.db import connection, models
 from django.test import override_settings
+from django.test.utils import CaptureQueriesContext
 
 from kms_hasher import columns, encoding, exceptions
 from kms_hasher.columns import Column
@@ -113,7 +114,18 @@ def test_pages_of_all_rows(kms: Provider, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(verify, "PAGE", 2)
     make_users(5)
     assert verified(kms).opened == 5
-    assert verified(kms, sample=100).opened <= 5
+    assert verified(kms, sample=4).opened <= 4
+
+
+def test_a_column_with_fewer_rows_than_the_sample_is_opened_whole(
+    kms: Provider,
+) -> None:
+    make_users(5)
+    assert verified(kms, sample=5).opened == 5
+    with CaptureQueriesContext(connection) as queries:
+        assert verified(kms, sample=1000).opened == 5
+    # One counts by key, one how many there are, and two read pages.
+    assert len([each for each in queries if User._meta.db_table in each["sql"]]) == 4
 
 
 def test_a_sample_is_spread() -> None:

@@ -81,7 +81,8 @@ def verify(
     target: base.Key, *, sample: int | None = SAMPLE, options: Options, to_mode: str = ""
 ) -> Generator[Verified, None, Verified]:
     """
-    Count the rows of all columns by key, and open `sample` of each column, None for all.
+    Count the rows of all columns by key, and open `sample` of each column, None for all. A
+    column with no more rows than that is opened whole.
     `to_mode` is the mode that passwords were to be brought into, if they were.
 
     Yields what was found so far, and returns it at last. A row whose password is changed
@@ -163,7 +164,8 @@ def _pages(column: Column, sample: int | None) -> Iterator[list[tuple[Any, str]]
     name = column.field.attname
     sealed = column.rows.filter(**{f"{name}__startswith": encoding.PREFIX})
     rows = sealed.order_by("pk").values_list("pk", name)
-    if sample is None:
+    # A draw from fewer rows than it asks for would take some twice, and leave others out.
+    if sample is None or rows[: sample + 1].count() <= sample:
         page = list(rows[:PAGE])
         while page:
             yield page
