@@ -1,24 +1,24 @@
 """
-The test command: `python -m tests [pytest's arguments]`.
+The test command: `python -m tests [--fast | --all | --nightly] [pytest's arguments]`.
 
-Runs the suite on SQLite, and on PostgreSQL and MariaDB where a server and a driver are
-found, in a browser where Chromium and Playwright are, and of the translations where GNU
-gettext is; then checks the coverage.
-KMS_HASHER_POSTGRESQL_URL and KMS_HASHER_MARIADB_URL say where the servers are; with
-KMS_HASHER_ALL_DATABASES=1 a missing one, or a missing browser or gettext, is a failure.
+With no option it runs the fast and the database tier on the database that DATABASE_URL
+names, by default SQLite in memory. --all runs every tier, on SQLite, PostgreSQL and MariaDB,
+and demands full coverage of what is in the path of a login or a rotation. --nightly runs
+every tier on every database, at full size. pytest's arguments choose among the tests:
+`python -m tests -k rotation`. CONTRIBUTING.md says what is in which tier.
 """
 
 from __future__ import annotations
 
-import importlib
+import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import NamedTuple
 
-from tests import browser, translating
+from tests import browser, servers, translating
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,81 +31,119 @@ FULLY_COVERED = (
 NOT_EVERYWHERE = "kms_hasher/rotation/tasks.py"
 
 
-def postgresql(url: str) -> None:
-    connect = importlib.import_module("psycopg").connect
-    connect(url, dbname="postgres", connect_timeout=3).close()
+class Stage(NamedTuple):
+    """One run of pytest: tests by their markers, and about how long on two cores."""
+
+    database: str
+    markers: str
+    minutes: float
+    measured: bool = False
+    arguments: tuple[str, ...] = ()
 
 
-def mariadb(url: str) -> None:
-    parts = urlsplit(url)
-    importlib.import_module("MySQLdb").connect(
-        host=parts.hostname or "127.0.0.1",
-        port=parts.port or 3306,
-        user=parts.username or "root",
-        password=parts.password or "",
-        connect_timeout=3,
-    ).close()
+OWN = os.environ.get("DATABASE_URL", servers.SQLITE)
+FAST = [Stage(OWN, "fast", 0.5)]
+DEFAULT = [Stage(OWN, "not system", 3)]
 
-
-SERVERS: dict[str, tuple[str, Callable[[str], None]]] = {
-    "PostgreSQL": (
-        os.environ.get(
-            "KMS_HASHER_POSTGRESQL_URL", "postgres://postgres@127.0.0.1:5432/kms_hasher"
-        ),
-        postgresql,
+# What is measured takes twice as long, so that only one run is: without the tests of
+# `FULLY_COVERED`'s only module with code for one kind of database.
+MEASURED = [
+    Stage(servers.SQLITE, "not system", 5, measured=True),
+    *(
+        Stage(url, "database", 0.5, measured=True, arguments=("tests/test_database.py",))
+        for url in (servers.POSTGRESQL, servers.MARIADB)
     ),
-    "MariaDB": (
-        os.environ.get("KMS_HASHER_MARIADB_URL", "mysql://root@127.0.0.1:3306/kms_hasher"),
-        mariadb,
-    ),
-}
+]
+ALL = [
+    *MEASURED,
+    Stage(servers.POSTGRESQL, "not fast", 7),
+    Stage(servers.MARIADB, "database or everywhere", 4),
+]
+NIGHTLY = [
+    *MEASURED,
+    Stage(servers.SQLITE, "system", 20),
+    Stage(servers.POSTGRESQL, "not fast", 25),
+    Stage(servers.MARIADB, "not fast", 25),
+]
 
 
 def run(*command: str, **env: str) -> int:
     return subprocess.run(command, cwd=ROOT, env=os.environ | env, check=False).returncode
 
 
-def main(arguments: list[str]) -> int:
-    databases = {"SQLite": "sqlite://:memory:"}
-    missing: list[str] = []
-    for name, (url, connect) in SERVERS.items():
-        try:
-            connect(url)
-        except Exception as error:  # noqa: BLE001  # each driver has errors of its own
-            missing.append(f"{name}: {str(error).strip() or type(error).__name__}")
-        else:
-            databases[name] = url
-
+def missing() -> list[str]:
+    """Return what `--all` needs and does not find."""
+    found = list(servers.missing())
     if not browser.find():
-        missing.append("a browser: there is no Chromium, or no Playwright")
+        found.append("a browser (Chromium, and Playwright of the group `test`)")
     if not translating.find():
-        missing.append("all of the translations: there is no GNU gettext")
+        found.append("GNU gettext")
+    return found
 
+
+def work(stage: Stage, arguments: list[str]) -> bool:
+    """Run a stage, print what it is and what it took, and return whether it passed."""
+    name = f"{stage.database.partition(':')[0]}: {' '.join((stage.markers, *stage.arguments))}"
+    name += ", coverage measured" if stage.measured else ""
+    print(f"\n=== {name} (about {stage.minutes:g} min on two cores) ===", flush=True)
+    python = [sys.executable, "-m"]
+    if stage.measured:
+        python += ["coverage", "run", "-m"]
+    # Some tests of the system tier take long: who has none left takes over what waits.
+    workers = [f"-n{os.cpu_count() or 2}", "--dist=worksteal"]
+    started = time.monotonic()
+    code = run(
+        *python,
+        "pytest",
+        "-q",
+        *workers,
+        *("-m", stage.markers),
+        *stage.arguments,
+        *arguments,
+        DATABASE_URL=stage.database,
+    )
+    minutes, seconds = divmod(round(time.monotonic() - started), 60)
+    print(f"=== {name}: {minutes} min {seconds} s ===", flush=True)
+    # 5: no test was chosen, as `-k` may leave none in one of the stages.
+    return code == 0 or (code == 5 and bool(arguments))
+
+
+def covered() -> bool:
+    """Report the coverage, and return whether it is whole where it must be."""
     coverage = (sys.executable, "-m", "coverage")
-    run(*coverage, "erase")
-    failed = []
-    for name, url in databases.items():
-        print(f"\n=== {name} ===", flush=True)
-        if run(*coverage, "run", "-p", "-m", "pytest", *arguments, DATABASE_URL=url):
-            failed.append(name)
-
     run(*coverage, "combine", "-q")
-    if not arguments:
-        print("\n=== coverage ===", flush=True)
-        run(*coverage, "report", "--skip-covered")
-        gate = [f"--include={FULLY_COVERED}", f"--omit={NOT_EVERYWHERE}", "-m"]
-        # Some of it is for one kind of database, so that all of it takes all of them.
-        if set(databases) == {"SQLite", *SERVERS}:
-            gate.append("--fail-under=100")
-        if run(*coverage, "report", *gate):
-            failed.append("coverage")
+    run(*coverage, "report", "--skip-covered")
+    gate = [f"--include={FULLY_COVERED}", f"--omit={NOT_EVERYWHERE}", "-m", "--fail-under=100"]
+    return not run(*coverage, "report", "--skip-covered", *gate)
 
-    for reason in missing:
-        print(f"Not tested on {reason}")
-    if missing and os.environ.get("KMS_HASHER_ALL_DATABASES"):
-        failed += missing
-    print(f"Failed: {', '.join(failed)}" if failed else f"Passed on {', '.join(databases)}.")
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests", allow_abbrev=False)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--fast", action="store_true", help="no database: half a minute")
+    how.add_argument("--all", action="store_true", help="every tier, and three databases")
+    how.add_argument(
+        "--nightly", action="store_true", help="all of it everywhere, in full size"
+    )
+    options, arguments = parser.parse_known_args()
+    whole = options.all or options.nightly
+    if whole and (lacking := missing()):
+        print(f"Not found: {'; '.join(lacking)}.\nCONTRIBUTING.md says what is needed.")
+        return 1
+    stages = FAST if options.fast else ALL if options.all else DEFAULT
+    if options.nightly:
+        stages = NIGHTLY
+        os.environ |= {"KMS_HASHER_FULL": "1", "KMS_HASHER_KILLS": "30"}
+    if whole:
+        run(sys.executable, "-m", "coverage", "erase")
+    failed = [stage for stage in stages if not work(stage, arguments)]
+    if whole and not arguments and not covered():
+        print("Failed: the coverage.")
+        return 1
+    for stage in failed:
+        print(f"Failed: {stage.database.partition(':')[0]}, {stage.markers}.")
     return 1 if failed else 0
 
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main())

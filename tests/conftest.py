@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import hypothesis
@@ -28,9 +29,53 @@ if TYPE_CHECKING:
     from django.contrib.auth.models import User
 
 
+# --- tiers, see CONTRIBUTING.md ----------------------------------------------
+
+#: Fixtures of a test that uses the database without being marked so.
+DATABASE = {"db", "transactional_db"}
+
+#: What a test outside the system tier must not do, by Python's names of audit events.
+BARRED = {"os.fork", "os.posix_spawn", "socket.bind", "socket.connect", "subprocess.Popen"}
+
+#: The test outside the system tier that runs now.
+_guarded = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test its tier: `system` if it is marked so, `database` or `fast`."""
+    for item in items:
+        if item.get_closest_marker("everywhere"):
+            item.add_marker("system")
+        if not item.get_closest_marker("system"):
+            uses = DATABASE & set(getattr(item, "fixturenames", ()))
+            database = uses or item.get_closest_marker("django_db")
+            item.add_marker("database" if database else "fast")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    global _guarded
+    _guarded = "" if item.get_closest_marker("system") else item.nodeid
+    try:
+        return (yield)
+    finally:
+        _guarded = ""
+
+
+def _guard(event: str, arguments: object) -> None:
+    if _guarded and event in BARRED:
+        raise RuntimeError(f"{event} in {_guarded}: mark the test `system` or `everywhere`.")
+
+
+sys.addaudithook(_guard)
+
+
+# --- fixtures -----------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="session", autouse=True)
 def key_arn() -> str:
-    """The ARN of the key behind alias/tests in the local provider, made once."""
+    """The ARN of the key behind alias/tests in the tests' provider, made once."""
     provider = keyring.provider()
     arn = provider.create_key(description="tests").key_arn
     provider.create_alias("alias/tests", arn)
@@ -39,7 +84,7 @@ def key_arn() -> str:
 
 @pytest.fixture
 def kms(key_arn: str) -> Iterator[Provider]:
-    """The local provider, with the alias put back and the key enabled afterwards."""
+    """The tests' provider, with the alias put back and the key enabled afterwards."""
     provider = keyring.provider()
     yield provider
     modes.put_back(provider, "alias/tests", key_arn)

@@ -1,13 +1,13 @@
 """
 A double of KMS on HTTP: KMS's protocol and rules in front, faults at will.
 
-    with KMSDouble(tmp_path) as kms:
+    with KMSDouble() as kms:
         key = kms.engine.create_key()
         AWSProvider(...)                       # with AWS_ENDPOINT_URL_KMS=kms.url
         kms.fail("Decrypt", "ThrottlingException", times=1)
         assert [request.operation for request in kms.requests] == [...]
 
-The rules are `LocalProvider`'s. On the wire it is JSON 1.1 with an `x-amzn-requestid`, and
+The rules are `InMemoryProvider`'s. On the wire it is JSON 1.1 with an `x-amzn-requestid`, and
 connections are kept alive without delay, as KMS's are; signatures are read, not verified.
 There is one engine for each Region that a request is signed for. `AssumeRole` of STS is
 answered too, so `AWS_ENDPOINT_URL_STS` may point here.
@@ -28,12 +28,11 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from kms_hasher.exceptions import KMSError
-from kms_hasher.providers.local import LocalProvider
+from kms_hasher.testing import InMemoryProvider
 from tests.kms_wire import METHODS, dump, message, perform
 
 REGION = "eu-central-1"
@@ -113,13 +112,13 @@ class Request:
 class KMSDouble:
     """One KMS for all Regions of one account, on a port of 127.0.0.1."""
 
-    def __init__(self, directory: Path) -> None:
-        self.reset(directory)
+    def __init__(self) -> None:
+        self.reset()
         self.stopping = threading.Event()
         self._server = _Server(self)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def reset(self, directory: Path) -> None:
+    def reset(self) -> None:
         """Begin anew on the same port, without keys, requests and faults."""
         self.requests: list[Request] = []
         #: Seconds before each answer, and more of them for the fault "slow".
@@ -130,8 +129,7 @@ class KMSDouble:
         self.role_lifetime = 3600
         self._stale: dict[str, tuple[str, int]] = {}
         self._faults: list[list[Any]] = []
-        self._directory = directory
-        self._engines: dict[str, LocalProvider] = {}
+        self._engines: dict[str, InMemoryProvider] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> KMSDouble:
@@ -150,19 +148,14 @@ class KMSDouble:
             self._server.hang_up()
 
     @property
-    def engine(self) -> LocalProvider:
+    def engine(self) -> InMemoryProvider:
         """The keys of the home Region, for tests to look at and to change."""
         return self.engine_in(REGION)
 
-    def engine_in(self, region: str) -> LocalProvider:
+    def engine_in(self, region: str) -> InMemoryProvider:
         with self._lock:
             if region not in self._engines:
-                self._engines[region] = LocalProvider(
-                    path=self._directory / f"{region}.json",
-                    region=region,
-                    account=ACCOUNT,
-                    allow_without_debug=True,
-                )
+                self._engines[region] = InMemoryProvider(region=region, account=ACCOUNT)
             return self._engines[region]
 
     def fail(self, operation: str, fault: str, times: int | None = None) -> None:

@@ -66,7 +66,7 @@ def restore() -> None:
 
 
 def put_back(provider: Provider, alias: str, arn: str) -> None:
-    """Do so with one of them; a key file that needs no change is not written."""
+    """Do so with one of them."""
     state = provider.describe_key(arn).state
     if state == "PendingDeletion":
         provider.cancel_key_deletion(arn)

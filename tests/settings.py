@@ -1,8 +1,5 @@
 """Settings of the test-suite; DATABASE_URL chooses the database, SQLite by default."""
 
-import tempfile
-from pathlib import Path
-
 import environ
 
 env = environ.Env()
@@ -56,11 +53,7 @@ PASSWORD_HASHERS = [
 AUTHENTICATION_BACKENDS = ["kms_hasher.backends.KMSModelBackend"]
 
 KMS_HASHER = {
-    "PROVIDER": "local",
+    "PROVIDER": "tests.kms_memory.Provider",
     "KEY": "alias/tests",
-    "OPTIONS": {
-        "path": Path(tempfile.mkdtemp(prefix="kms-hasher-tests-")) / "keys.json",
-        "allow_without_debug": True,
-    },
     "AUDIT": "inline",
 }

@@ -429,10 +429,11 @@ def test_one_that_waits_is_given_up_and_not_written_later(
     for future in (waiting, running):
         with pytest.raises(FutureTimeout, match="no answer"):
             made.wait(future)
+    monkeypatch.setattr(writer, "WAIT", 60.0)
     started = time.monotonic()
     with pytest.raises(FutureTimeout, match="still"):
         made.put([event()])
-    assert time.monotonic() - started < 0.5
+    assert time.monotonic() - started < 30  # at once
     gate.set()
     running.result(5)
     monkeypatch.undo()
@@ -804,6 +805,7 @@ def recorded(url: str) -> list[str]:
     return sorted(printed.split())
 
 
+@pytest.mark.everywhere
 def test_a_forked_child_writes_its_own_events(site: str) -> None:
     run(
         """
@@ -826,6 +828,7 @@ def test_a_forked_child_writes_its_own_events(site: str) -> None:
     assert recorded(site) == expected
 
 
+@pytest.mark.everywhere
 def test_a_child_forked_within_a_transaction_does_not_write_the_parents_events(
     site: str,
 ) -> None:
@@ -846,6 +849,7 @@ def test_a_child_forked_within_a_transaction_does_not_write_the_parents_events(
     assert recorded(site) == ["parent"]
 
 
+@pytest.mark.everywhere
 def test_what_was_rolled_back_last_is_written_at_exit(site: str) -> None:
     run(
         """
@@ -859,6 +863,7 @@ def test_what_was_rolled_back_last_is_written_at_exit(site: str) -> None:
     assert recorded(site) == ["last"]
 
 
+@pytest.mark.everywhere
 def test_threads_and_loops_leave_no_connection_behind(site: str) -> None:
     run(
         """
@@ -881,6 +886,7 @@ def test_threads_and_loops_leave_no_connection_behind(site: str) -> None:
     )
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("module", ["multiprocessing", "billiard"])
 def test_a_child_that_ends_without_atexit_writes_its_events(module: str, site: str) -> None:
     # billiard's are Celery's.
@@ -905,7 +911,7 @@ def test_a_child_that_ends_without_atexit_writes_its_events(module: str, site: s
     assert recorded(site) == ["child-0", "child-1", "parent"]
 
 
-@pytest.mark.slow
+@pytest.mark.everywhere
 def test_many_writers_lose_nothing_and_write_nothing_twice(site: str) -> None:
     run(
         """
@@ -945,6 +951,7 @@ def test_many_writers_lose_nothing_and_write_nothing_twice(site: str) -> None:
     assert run(counted, site).split() == ["256"]
 
 
+@pytest.mark.everywhere
 def test_sqlite_does_not_deadlock_with_the_requests_own_transaction(
     empty_site: Path, tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def test_on_sqlite_it_is_durable(held_for_long: None) -> None:
     assert not writer._writers
 
 
+@pytest.mark.everywhere
 def test_sigkill_loses_no_more_than_what_is_held(site: str) -> None:
     run(
         """

@@ -103,7 +103,7 @@ class Failing:
         ({"PROVIDER": "no.such.Provider"}, "no.such.Provider"),
         ({"PROVIDER": "tests.test_checks.Failing", "OPTIONS": {}}, "OSError: no such device"),
         ({"OPTIONS": {"pth": "keys.json"}}, "pth"),
-        ({"OPTIONS": {"path": "keys.json"}}, "allow_without_debug"),
+        ({"PROVIDER": "local", "OPTIONS": {"path": "keys.json"}}, "allow_without_debug"),
         ({"PROVIDER": "aws", "KEY": KEY_ARN, "OPTIONS": {"region": ""}}, "region"),
         ({"PROVIDER": "aws", "KEY": KEY_ARN, "OPTIONS": {"regoin": "eu-west-1"}}, "regoin"),
     ],
@@ -117,7 +117,8 @@ def test_e002_a_provider_that_cannot_be_made(
 
 def test_e002_a_key_file_that_cannot_be_read(settings: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    configure(settings, OPTIONS={"path": path, "allow_without_debug": True})
+    options = {"path": path, "allow_without_debug": True}
+    configure(settings, PROVIDER="local", OPTIONS=options)
     assert run() == []  # it is made with the first key
     path.write_text("{}")
     path.chmod(0o600)
@@ -169,7 +170,9 @@ def test_w004_no_region(settings: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
     assert run() == []
 
 
-def test_w005_the_local_provider_in_production(settings: Any) -> None:
+def test_w005_the_local_provider_in_production(settings: Any, tmp_path: Path) -> None:
+    options = {"path": tmp_path / "keys.json", "allow_without_debug": True}
+    configure(settings, PROVIDER="local", OPTIONS=options)
     only(run(include_deployment_checks=True), "W005")
     configure(settings, PROVIDER="kms_hasher.testing.InMemoryProvider", OPTIONS={})
     only(run(include_deployment_checks=True), "W005")

@@ -238,7 +238,6 @@ def bombs() -> dict[str, Callable[[], bytes]]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("make", bombs().values(), ids=bombs().keys())
 def test_a_bomb_does_not_fill_the_memory(tmp_path: Path, make: Callable[[], bytes]) -> None:
     path = tmp_path / "bomb.json.gz"

@@ -261,7 +261,8 @@ def test_a_locked_row_is_left_and_holds_up_no_other() -> None:
     go.set()
     for thread in threads:
         thread.join()
-    assert changed == {user.pk for user in made} - {made[50].pk}
+    # The first is left too if the other writer has it at that very moment.
+    assert changed - {made[0].pk} == {user.pk for user in made[1:]} - {made[50].pk}
     assert taken < 5
     assert max(waited) < 5
     assert column.swap_all(changes_of([made[50]])) == {made[50].pk}

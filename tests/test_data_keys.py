@@ -462,6 +462,7 @@ class TestCache:
         swapped = f"{one.rpartition('$')[0]}${two.rpartition('$')[2]}"
         assert not check_password("two", swapped)
 
+    @pytest.mark.everywhere
     def test_wiped_in_a_child(self, settings: Any) -> None:
         change(settings, DATA_KEY_CACHE_SECONDS=60)
         make_password(PASSWORD)
@@ -554,6 +555,7 @@ class TestHeld:
             thread.join()
         assert data_keys._cache.held == 0
 
+    @pytest.mark.everywhere
     def test_a_child_of_the_run_keeps_nothing(self) -> None:
         """It leaves the block as well, which must not look as if one more were entered."""
         child = 0
@@ -701,6 +703,7 @@ class TestConnections:
         if connection.vendor == "sqlite":  # Django never closes one in memory
             data_keys._thread().submit(lambda: connection.connection.close()).result()
 
+    @pytest.mark.everywhere
     def test_a_forked_process_has_a_thread_and_a_connection_of_its_own(self) -> None:
         """And leaves the parent's as it was."""
         if connection.vendor == "sqlite":

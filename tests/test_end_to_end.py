@@ -27,7 +27,7 @@ pytestmark = pytest.mark.django_db
 PASSWORD = "correct horse battery staple"
 
 
-@pytest.fixture(params=["local", "aws"])
+@pytest.fixture(params=["local", pytest.param("aws", marks=pytest.mark.everywhere)])
 def provider(
     request: pytest.FixtureRequest,
     tmp_path: Path,
@@ -48,7 +48,7 @@ def provider(
         call_command("rotate_kms_key", new_key=True, settle=0)
         yield None
         return
-    with KMSDouble(tmp_path) as double:
+    with KMSDouble() as double:
         monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an example, and no secret")
@@ -143,6 +143,7 @@ def test_seal_an_existing_site_and_leave_again(settings: Any) -> None:
     assert sign_in("anna") is not None
 
 
+@pytest.mark.everywhere
 @pytest.mark.parametrize("provider", ["aws"], indirect=True)
 @pytest.mark.parametrize(
     ("fault", "error"),

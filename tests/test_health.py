@@ -275,6 +275,7 @@ class TestFallbackRegions:
         assert not check().ok
 
 
+@pytest.mark.everywhere
 def test_a_forked_process_asks_for_itself() -> None:
     assert check().ok
     with health._lock:  # as a thread of the parent may hold it
@@ -286,5 +287,5 @@ def test_a_forked_process_asks_for_itself() -> None:
 
 def test_no_file_no_traceback(tmp_path: Path, settings: Any) -> None:
     options = {"path": tmp_path / "none" / "keys.json", "allow_without_debug": True}
-    settings.KMS_HASHER = {**settings.KMS_HASHER, "OPTIONS": options}
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "PROVIDER": "local", "OPTIONS": options}
     assert not check().ok

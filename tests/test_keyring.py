@@ -33,6 +33,31 @@ def no_audit(settings: Any) -> None:
     settings.KMS_HASHER = {**settings.KMS_HASHER, "AUDIT": "off"}
 
 
+def test_a_replica_is_asked_while_home_is_out(settings: Any) -> None:
+    key, asked = f"{HOME}:key/mrk-{KEY_ID.replace('-', '')}", list[str]()
+    regions = ["eu-central-1", "us-east-1"]
+    settings.KMS_HASHER = {"KEY": key, "FALLBACK_REGIONS": regions}
+    access = keyring.access(HEADER, "login")
+
+    def call(key: str) -> str:
+        asked.append(key.split(":")[3])
+        if asked[-1] in out:
+            raise exceptions.KMSTimeout
+        return asked[-1]
+
+    for out, answer in (
+        ([], "eu-west-1"),
+        (["eu-west-1"], "eu-central-1"),
+        (["eu-west-1", "eu-central-1"], "us-east-1"),
+    ):
+        asked.clear()
+        assert access.anywhere(key, call) == answer
+        assert asked == [*out, answer]
+    out = ["eu-west-1", *regions]
+    with pytest.raises(exceptions.KMSTimeout):
+        access.anywhere(key, call)
+
+
 def test_seal_open_rewrap(kms: Provider, events: list[Event], key_arn: str) -> None:
     stored = keyring.seal(HEADER, DIGEST)
     assert keyring.open(stored) == DIGEST
@@ -177,6 +202,7 @@ def test_threads_share_one_provider(tmp_path: Path, settings: Any) -> None:
     assert found == {id(keyring.provider())}
 
 
+@pytest.mark.everywhere
 def test_a_forked_process_makes_a_provider_of_its_own() -> None:
     parent = keyring.provider()
     child = os.fork()

@@ -20,7 +20,7 @@ import pytest
 
 from tests.live_site import Site, finish, open_site, workers_at
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everywhere
 
 FULL = bool(os.environ.get("KMS_HASHER_FULL"))
 KILLS = 50 if FULL else 5

@@ -45,7 +45,7 @@ from kms_hasher.models import AuditEvent
 from kms_hasher.providers.base import Provider
 from tests.kms_double import BROKEN, PAGES, SPOILT, KMSDouble
 
-pytestmark = [pytest.mark.slow, pytest.mark.django_db, pytest.mark.urls(__name__)]
+pytestmark = [pytest.mark.system, pytest.mark.django_db, pytest.mark.urls(__name__)]
 
 PASSWORD = "correct-Horse7battery"
 LOCMEM = "django.core.mail.backends.locmem.EmailBackend"
@@ -266,11 +266,9 @@ def people() -> None:
 
 
 @pytest.fixture
-def double(
-    tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[KMSDouble]:
+def double(settings: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[KMSDouble]:
     """KMS behind the real `aws` provider."""
-    with KMSDouble(tmp_path) as double:
+    with KMSDouble() as double:
         monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an example, and no secret")
@@ -472,6 +470,7 @@ class TestLocal:
         file = tmp_path / "keys.json"
         settings.KMS_HASHER = {
             **settings.KMS_HASHER,
+            "PROVIDER": "local",
             "OPTIONS": {"path": file, "allow_without_debug": True},
         }
         provider: Any = keyring.provider()

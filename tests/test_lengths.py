@@ -201,6 +201,7 @@ class TestTable:
             for mode in MODES.values():
                 assert lengths.of(hasher, mode) <= encoding.MAX_LENGTH
 
+    @pytest.mark.everywhere
     def test_the_command(self) -> None:
         found = subprocess.run(
             [sys.executable, "-m", "kms_hasher.lengths"],

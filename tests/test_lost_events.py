@@ -14,7 +14,7 @@ from tests.trail import record, write
 
 __all__ = ["empty_site", "site"]
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.everywhere
 
 #: Calls whose events are written before the site holds them, and calls before it is killed.
 WRITTEN, CALLS = 20, 50

@@ -649,6 +649,7 @@ else:
     class TestMiddleware(Cases):
         pass
 
+    @pytest.mark.everywhere
     def test_with_django_axes(tmp_path: Path) -> None:
         """The set-up of docs/how-to/limit-guesses.md."""
         (tmp_path / "axes_settings.py").write_text(

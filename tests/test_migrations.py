@@ -230,6 +230,7 @@ def test_it_does_nothing_to_a_swapped_model(settings: Any) -> None:
 # --- a user model of the site's own -------------------------------------------------
 
 
+@pytest.mark.everywhere
 def test_a_custom_model_with_the_mixin() -> None:
     script = """
         from django.contrib.auth import get_user_model
@@ -277,6 +278,7 @@ def test_a_custom_model_with_the_mixin() -> None:
     }
 
 
+@pytest.mark.everywhere
 def test_a_custom_model_without_the_mixin() -> None:
     script = """
         from django.core import checks

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,7 +290,7 @@ class TestDigest:
 # --- attacks --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.usefixtures("digest_once")
 class TestTampering:
     def test_every_bit_of_what_is_sealed(
@@ -821,14 +820,15 @@ class TestRewrap:
 # --- over the wire --------------------------------------------------------------------
 
 
+@pytest.mark.everywhere
 class TestAWS:
     """The same through the `aws` provider, against a double of KMS on HTTP."""
 
     @pytest.fixture
     def double(
-        self, mode: str, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
+        self, mode: str, settings: Any, monkeypatch: pytest.MonkeyPatch
     ) -> Iterator[KMSDouble]:
-        with KMSDouble(tmp_path) as double:
+        with KMSDouble() as double:
             monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url)
             monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "an example, and no secret")

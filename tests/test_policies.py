@@ -337,19 +337,19 @@ def test_the_command_writes_json(site: Callable[..., None]) -> None:
 def test_what_the_status_tries_is_allowed(
     configure: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kms_hasher.providers.local import LocalProvider
     from kms_hasher.rotation import status
+    from kms_hasher.testing import InMemoryProvider
 
     configure(DEPLOYMENT="shop")
     make_password("secret")
     contexts = []
-    encrypt = LocalProvider.encrypt
+    encrypt = InMemoryProvider.encrypt
 
     def spy(self: Any, key: str, plaintext: bytes, context: Any, **kwargs: Any) -> Any:
         contexts.append(dict(context))
         return encrypt(self, key, plaintext, context, **kwargs)
 
-    monkeypatch.setattr(LocalProvider, "encrypt", spy)
+    monkeypatch.setattr(InMemoryProvider, "encrypt", spy)
     status.look()
     condition = policies.policy("web")["iam"]["Statement"][0]["Condition"]["StringEquals"]
     assert contexts

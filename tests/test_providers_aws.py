@@ -62,7 +62,7 @@ from kms_hasher.providers.aws_errors import EXCEPTIONS, MISCONFIGURED, Answer, t
 from kms_hasher.testing.contract import ProviderContract, StrictProviderContract
 from tests.kms_double import ACCOUNT, OTHER_KEY, REGION, SPOILT, KMSDouble
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 PLAINTEXT = b"the digest that must not leak!!!"
 CONTEXT = {"app": "tests"}
@@ -86,15 +86,15 @@ def aws_environment():
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    with KMSDouble(tmp_path_factory.mktemp("unused")) as double:
+def server():
+    with KMSDouble() as double:
         yield double
 
 
 @pytest.fixture
-def double(server, tmp_path, monkeypatch):
+def double(server, monkeypatch):
     """The double without keys and faults; new clients go there."""
-    server.reset(tmp_path)
+    server.reset()
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", server.url)
     monkeypatch.setenv("AWS_ENDPOINT_URL_STS", server.url)
     return server
@@ -303,8 +303,8 @@ class TestFaults:
         assert len(double.requests) == 2
 
     @each_operation
-    def test_refused_connection(self, tmp_path, monkeypatch, operation):
-        with KMSDouble(tmp_path) as double:
+    def test_refused_connection(self, monkeypatch, operation):
+        with KMSDouble() as double:
             monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url)
             world, provider = World(double), AWSProvider()
             CALLS[operation](provider, world)
@@ -362,7 +362,7 @@ def test_retries_wait_only_a_little(double, shared, world):
     double.fail("*", "http_500")
     begun = time.monotonic()
     failing(shared, world, "Decrypt")
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 5
 
 
 def test_an_outage_does_not_double_the_load(double, world, monkeypatch):
@@ -600,7 +600,7 @@ class TestTLS:
             path, key = certificate(tmp_path, *names)
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(path, key)
-            double = KMSDouble(tmp_path)
+            double = KMSDouble()
             double._server.socket = context.wrap_socket(double._server.socket, server_side=True)
             doubles.append(double.__enter__())
             monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url.replace("http:", "https:"))

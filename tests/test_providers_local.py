@@ -27,8 +27,6 @@ from kms_hasher.providers._keyfile import KeyFile
 from kms_hasher.providers.local import LocalProvider
 from kms_hasher.testing.contract import CONTEXT, SECRET, StrictProviderContract, silent
 
-pytestmark = pytest.mark.slow
-
 
 def local(path, **options):
     return LocalProvider(path, **{"allow_without_debug": True, **options})
@@ -410,6 +408,7 @@ def make_keys(path, name, count):
     return made
 
 
+@pytest.mark.everywhere
 @forks
 def test_processes_lose_nothing_of_one_another(path):
     context = multiprocessing.get_context("fork")
@@ -448,6 +447,7 @@ def test_readers_never_see_half_a_file(path, provider, arn, blob):
         assert all(reader.result(30) for reader in readers)
 
 
+@pytest.mark.everywhere
 @forks
 def test_a_forked_child_reads_and_writes(path, provider, arn, blob):
     child = os.fork()

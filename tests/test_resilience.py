@@ -13,7 +13,6 @@ import datetime
 import functools
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -39,8 +38,6 @@ from kms_hasher.signals import Event
 from tests import kms_double
 from tests.hashers import CheapKMSArgon2PasswordHasher
 from tests.kms_double import REGION, SPOILT, KMSDouble
-
-pytestmark = pytest.mark.slow
 
 FULL = bool(os.environ.get("KMS_HASHER_FULL"))
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,19 +114,16 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KMSDouble]:
+def server() -> Iterator[KMSDouble]:
     """One double for many tests, so that one client does for all of them."""
-    with KMSDouble(tmp_path_factory.mktemp("unused")) as double:
+    with KMSDouble() as double:
         yield double
 
 
 @pytest.fixture
-def site(
-    server: KMSDouble, tmp_path: Path, settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> Site:
-    server.reset(tmp_path)
+def site(server: KMSDouble, settings: Any, monkeypatch: pytest.MonkeyPatch) -> Site:
+    server.reset()
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", server.url)
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # hundreds of key files need not last
     return Site(server, settings)
 
 
@@ -383,6 +377,7 @@ class TestBreaker:
         ] * 3
         assert {e.request_ids for e in events} == {()}
 
+    @pytest.mark.system
     def test_one_for_each_region(self, site: Site) -> None:
         for _ in range(breaker.FAILURES):
             breaker.of(ELSEWHERE).leave(answered=False)
@@ -392,6 +387,7 @@ class TestBreaker:
         with pytest.raises(exceptions.KMSCircuitOpen):
             check_password(PASSWORD, site.stored)
 
+    @pytest.mark.everywhere
     @forks
     def test_not_inherited_by_a_child(self, decrypt: Calls, stored: SealedHash) -> None:
         trip(decrypt, stored)
@@ -405,11 +401,8 @@ class TestBreaker:
         self, decrypt: Calls, stored: SealedHash, settings: Any
     ) -> None:
         trip(decrypt, stored)
-        options = settings.KMS_HASHER["OPTIONS"]
-        settings.KMS_HASHER = {
-            **settings.KMS_HASHER,
-            "OPTIONS": {**options, "account": "000000000000"},
-        }
+        options = {"account": "000000000000"}
+        settings.KMS_HASHER = {**settings.KMS_HASHER, "OPTIONS": options}
         assert keyring.open(stored) == DIGEST
 
     def test_other_purposes_neither_count_nor_wait(
@@ -521,8 +514,8 @@ def _fork(check: Callable[[], Any]) -> int:
 class Regions(KMSDouble):
     """A double whose Regions can be out one by one: `out["eu-west-1"] = "<code>"`."""
 
-    def reset(self, directory: Path) -> None:
-        super().reset(directory)
+    def reset(self) -> None:
+        super().reset()
         self.out: dict[str, str] = {}
 
     def perform(self, request: kms_double.Request) -> dict[str, Any] | bytes:
@@ -533,15 +526,19 @@ class Regions(KMSDouble):
     def replicate(self, *regions: str) -> None:
         """Give other Regions all keys and aliases of the home Region."""
         for region in regions:
-            shutil.copy(self._directory / f"{REGION}.json", self._directory / f"{region}.json")
+            home = self.engine._store.read()
+            with self.engine_in(region)._store.change() as keys:
+                keys.keys.update(home.keys)
+                keys.aliases.update(home.aliases)
 
 
 @pytest.fixture(scope="module")
-def regions_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Regions]:
-    with Regions(tmp_path_factory.mktemp("unused")) as double:
+def regions_server() -> Iterator[Regions]:
+    with Regions() as double:
         yield double
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("impatient")
 class TestFallback:
     OUT = ("KMSInternalException", "DependencyTimeoutException", "ServiceUnavailable")
@@ -550,11 +547,10 @@ class TestFallback:
     def site(
         self,
         regions_server: Regions,
-        tmp_path: Path,
         settings: Any,
         monkeypatch: pytest.MonkeyPatch,
     ) -> Site:
-        regions_server.reset(tmp_path)
+        regions_server.reset()
         monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", regions_server.url)
         site = Site(
             regions_server,
@@ -997,6 +993,7 @@ class TestBackground:
         executor.shutdown()
         assert made == [threading.get_ident()]
 
+    @pytest.mark.everywhere
     def test_when_the_interpreter_ends_the_caller_makes_the_call(self) -> None:
         script(
             """
@@ -1013,6 +1010,7 @@ class TestBackground:
             expect="checked",
         )
 
+    @pytest.mark.everywhere
     @forks
     def test_a_child_has_threads_of_its_own(self, busy: list[int], stored: SealedHash) -> None:
         """All the parent's threads are busy for good, and its lock is held."""
@@ -1026,6 +1024,7 @@ class TestBackground:
         assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.everywhere
 def test_under_gevent_kms_and_argon2_overlap_and_the_hub_goes_on() -> None:
     """
     Argon2 waits in C for a byte that only the call to KMS writes, and the call waits for
@@ -1223,6 +1222,7 @@ def anna(site: Site, db: None) -> Iterator[User]:
     assert user.password == site.stored
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("impatient", "anna")
 class TestFaults:
     @pytest.mark.parametrize("operation", OPERATIONS)
@@ -1385,6 +1385,7 @@ class TestFaults:
             assert result is exceptions.KMSCredentialsError, operation
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("fault", ["hang", "http_503", "reset"])
 def test_with_the_default_timeouts_no_login_takes_longer_than_6_5_s(
     site: Site, own_clients: None, fault: str, events: list[Event]
@@ -1408,6 +1409,7 @@ def test_with_the_default_timeouts_no_login_takes_longer_than_6_5_s(
 # --- forks --------------------------------------------------------------------------
 
 
+@pytest.mark.everywhere
 def test_workers_forked_from_a_busy_process_get_their_own_answers(site: Site) -> None:
     """
     8 workers, client, threads and audit in use before the fork and during it: each Decrypt
@@ -1517,10 +1519,10 @@ class Load:
             time.sleep(0.01)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("fault", ["refused", "http_503", "hang"])
 def test_an_outage_under_load_and_the_recovery(
     fault: str,
-    tmp_path: Path,
     settings: Any,
     own_clients: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -1537,7 +1539,7 @@ def test_an_outage_under_load_and_the_recovery(
             closed.set()
 
     breaker.breaker_changed.connect(note)
-    double = Phoenix(tmp_path)
+    double = Phoenix()
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url)
     with double:
         site = Site(double, settings)

@@ -1525,4 +1525,20 @@ def test_what_has_not_begun_can_be_dropped() -> None:
     dropped = [outcome for outcome in outcomes if outcome.value is workers.DROPPED]
     assert len(outcomes) == 50
     assert len(began) + len(dropped) == 50
-    assert len(began) < 90
+    assert dropped
+
+
+def test_a_provider_leaves_the_loop_of_a_run(
+    kms: Provider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connections belong to the loop, which ends with the run."""
+    left: list[asyncio.AbstractEventLoop] = []
+
+    async def aclose() -> None:
+        left.append(asyncio.get_running_loop())
+
+    monkeypatch.setattr(kms, "aclose", aclose, raising=False)
+    with workers.Workers(1) as pool:
+        assert len(list(outcomes(pool, [nothing] * 3))) == 3
+        assert left == []
+    assert len(left) == 1

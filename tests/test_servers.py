@@ -25,7 +25,7 @@ import pytest
 
 from tests.kms_double import REGION, KMSDouble
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 ROOT = Path(__file__).resolve().parent.parent
 USERS = 4
@@ -72,8 +72,8 @@ Start = Callable[..., Server]
 
 
 @pytest.fixture(scope="module")
-def double(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KMSDouble]:
-    with KMSDouble(tmp_path_factory.mktemp("kms")) as double:
+def double() -> Iterator[KMSDouble]:
+    with KMSDouble() as double:
         yield double
 
 

@@ -72,7 +72,6 @@ def sealing() -> Iterator[None]:
 # --- the provider in memory -----------------------------------------------------------
 
 
-@pytest.mark.slow
 class TestInMemoryContract(StrictProviderContract):
     @pytest.fixture
     def provider(self) -> Provider:
@@ -166,6 +165,7 @@ class TestInMemory:
         assert secret not in repr(vars(provider)) + repr(vars(provider._store))
 
     # Other tests' threads hold nothing that the child needs.
+    @pytest.mark.everywhere
     @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
     def test_a_forked_child_has_the_same_keys(self, sealing: None) -> None:
         encoded = make_password("secret")
@@ -182,7 +182,6 @@ class TestInMemory:
 # --- faults -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 class TestFaultyContract(ProviderContract):
     @pytest.fixture
     def provider(self) -> FaultyProvider:
@@ -597,6 +596,7 @@ def test_changes_to_the_settings(settings: Any) -> None:
     assert before == settings.KMS_HASHER
 
 
+@pytest.mark.everywhere
 def test_nothing_here_needs_pytest_or_models() -> None:
     code = (
         "import sys, kms_hasher.testing\n"
@@ -822,6 +822,7 @@ FAILS = {
 }
 
 
+@pytest.mark.everywhere
 def test_the_contract_finds_what_is_broken(tmp_path: Path) -> None:
     path = tmp_path / "test_broken.py"
     path.write_text(BROKEN)

@@ -88,6 +88,7 @@ def run(*command: str | Path, cwd: Path | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.system
 @needs_gettext
 def test_every_message_of_the_source_is_translated(tmp_path: Path) -> None:
     copy = tmp_path / "kms_hasher"
@@ -100,6 +101,7 @@ def test_every_message_of_the_source_is_translated(tmp_path: Path) -> None:
     assert read(again) == GERMAN
 
 
+@pytest.mark.system
 @needs_gettext
 def test_what_is_shipped_compiled_is_what_is_shipped_to_read(tmp_path: Path) -> None:
     compiled = tmp_path / "django.mo"

@@ -356,6 +356,7 @@ def test_dump_and_load(user: User, tmp_path: Any) -> None:
 # --- other sites --------------------------------------------------------------------
 
 
+@pytest.mark.everywhere
 def test_packages_that_copy_the_field_copy_its_width() -> None:
     script = """
         from django.apps import apps
@@ -367,6 +368,7 @@ def test_packages_that_copy_the_field_copy_its_width() -> None:
     assert projects.run("historical", script) == [1024, 1024]
 
 
+@pytest.mark.everywhere
 def test_starting_imports_no_aws_library() -> None:
     script = """
         import sys

@@ -261,6 +261,7 @@ class TestHMAC:
         modes.use(settings, "mac")
         settings.KMS_HASHER = {
             **settings.KMS_HASHER,
+            "PROVIDER": "local",
             "OPTIONS": {"path": tmp_path / "keys.json", "allow_without_debug": True},
         }
         secret = bytes(range(32))
@@ -309,15 +310,15 @@ def oaep_decrypt(key: Any, sealed: bytes) -> bytes:
     "bits",
     [
         2048,
-        pytest.param(3072, marks=pytest.mark.slow),
-        pytest.param(4096, marks=pytest.mark.slow),
+        3072,
+        4096,
     ],
 )
 def test_opens_what_public_key_seals(bits: int, settings: Any, tmp_path: Path) -> None:
     """From the stored string and the private key alone, which only a provider of ours shows."""
     modes.use(settings, "public_key")
     options = {"path": tmp_path / "keys.json", "allow_without_debug": True}
-    settings.KMS_HASHER = {**settings.KMS_HASHER, "OPTIONS": options}
+    settings.KMS_HASHER = {**settings.KMS_HASHER, "PROVIDER": "local", "OPTIONS": options}
     provider: Any = keyring.provider()
     made = provider.create_key(spec=f"RSA_{bits}")
     provider.create_alias("alias/tests-rsa", made.key_arn)
