@@ -31,6 +31,10 @@ FULLY_COVERED = (
 NOT_EVERYWHERE = "kms_hasher/rotation/tasks.py"
 
 
+#: pytest's exit status where its arguments leave no test.
+NOTHING_CHOSEN = 5
+
+
 class Stage(NamedTuple):
     """One run of pytest: tests by their markers, and about how long on two cores."""
 
@@ -40,13 +44,17 @@ class Stage(NamedTuple):
     measured: bool = False
     arguments: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> str:
+        return self.database.partition(":")[0]
 
-OWN = os.environ.get("DATABASE_URL", servers.SQLITE)
+
+OWN = os.environ.get("DATABASE_URL") or servers.SQLITE
 FAST = [Stage(OWN, "fast", 0.5)]
 DEFAULT = [Stage(OWN, "not system", 3)]
 
-# What is measured takes twice as long, so that only one run is: without the tests of
-# `FULLY_COVERED`'s only module with code for one kind of database.
+# Measuring doubles the time. So SQLite is measured whole, and on the servers only the tests of
+# `rotation.database`, the one module of `FULLY_COVERED` that has code for each of them.
 MEASURED = [
     Stage(servers.SQLITE, "not system", 5, measured=True),
     *(
@@ -81,31 +89,23 @@ def missing() -> list[str]:
     return found
 
 
-def work(stage: Stage, arguments: list[str]) -> bool:
-    """Run a stage, print what it is and what it took, and return whether it passed."""
-    name = f"{stage.database.partition(':')[0]}: {' '.join((stage.markers, *stage.arguments))}"
+def work(stage: Stage, arguments: list[str]) -> int:
+    """Run a stage, print what it is and what it took; return pytest's exit status."""
+    name = f"{stage.place}: {' '.join((stage.markers, *stage.arguments))}"
     name += ", coverage measured" if stage.measured else ""
     print(f"\n=== {name} (about {stage.minutes:g} min on two cores) ===", flush=True)
-    python = [sys.executable, "-m"]
-    if stage.measured:
-        python += ["coverage", "run", "-m"]
-    # Some tests of the system tier take long: who has none left takes over what waits.
-    workers = [f"-n{os.cpu_count() or 2}", "--dist=worksteal"]
+    measure = ("coverage", "run", "-m") if stage.measured else ()
+    # Some tests take long: a worker that is done takes over what waits for another.
+    workers = (f"-n{min(len(os.sched_getaffinity(0)), 8)}", "--dist=worksteal")
+    chosen = ("-m", stage.markers, *stage.arguments, *arguments)
     started = time.monotonic()
     code = run(
-        *python,
-        "pytest",
-        "-q",
-        *workers,
-        *("-m", stage.markers),
-        *stage.arguments,
-        *arguments,
+        *(sys.executable, "-m", *measure, "pytest", "-q", *workers, *chosen),
         DATABASE_URL=stage.database,
     )
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
     print(f"=== {name}: {minutes} min {seconds} s ===", flush=True)
-    # 5: no test was chosen, as `-k` may leave none in one of the stages.
-    return code == 0 or (code == 5 and bool(arguments))
+    return code
 
 
 def covered() -> bool:
@@ -113,35 +113,53 @@ def covered() -> bool:
     coverage = (sys.executable, "-m", "coverage")
     run(*coverage, "combine", "-q")
     run(*coverage, "report", "--skip-covered")
-    gate = [f"--include={FULLY_COVERED}", f"--omit={NOT_EVERYWHERE}", "-m", "--fail-under=100"]
+    gate = (f"--include={FULLY_COVERED}", f"--omit={NOT_EVERYWHERE}", "-m", "--fail-under=100")
     return not run(*coverage, "report", "--skip-covered", *gate)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests",
+        usage="%(prog)s [--fast | --all | --nightly] [pytest's arguments]",
+        description="Run the tests. CONTRIBUTING.md says what is in which tier.",
+        allow_abbrev=False,
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--fast", action="store_true", help="no database: half a minute")
-    how.add_argument("--all", action="store_true", help="every tier, and three databases")
-    how.add_argument(
-        "--nightly", action="store_true", help="all of it everywhere, in full size"
-    )
+    how.add_argument("--all", action="store_true", help="every tier, on three databases")
+    how.add_argument("--nightly", action="store_true", help="all on each, in full size: hours")
     options, arguments = parser.parse_known_args()
-    whole = options.all or options.nightly
-    if whole and (lacking := missing()):
-        print(f"Not found: {'; '.join(lacking)}.\nCONTRIBUTING.md says what is needed.")
-        return 1
-    stages = FAST if options.fast else ALL if options.all else DEFAULT
+
+    stages = DEFAULT
+    if options.fast:
+        stages = FAST
+    elif options.all or options.nightly:
+        stages = NIGHTLY if options.nightly else ALL
+        if lacking := missing():
+            print(f"Not found: {'; '.join(lacking)}.\nCONTRIBUTING.md says what is needed.")
+            return 1
     if options.nightly:
-        stages = NIGHTLY
-        os.environ |= {"KMS_HASHER_FULL": "1", "KMS_HASHER_KILLS": "30"}
-    if whole:
+        sizes = {"KMS_HASHER_FULL": "1", "KMS_HASHER_KILLS": "30"}
+        os.environ |= sizes | {"PYTEST_ADDOPTS": "--timeout=3600"}
+    if arguments:  # what some of the tests cover is no matter
+        stages = [stage._replace(measured=False) for stage in stages if not stage.arguments]
+    measured = any(stage.measured for stage in stages)
+    if measured:
         run(sys.executable, "-m", "coverage", "erase")
-    failed = [stage for stage in stages if not work(stage, arguments)]
-    if whole and not arguments and not covered():
-        print("Failed: the coverage.")
+
+    codes = {stage: work(stage, arguments) for stage in stages}
+    if set(codes.values()) == {NOTHING_CHOSEN}:
+        print("No test was chosen. Those of the system tier need --all, or -m system.")
         return 1
-    for stage in failed:
-        print(f"Failed: {stage.database.partition(':')[0]}, {stage.markers}.")
+    failed = [
+        f"{stage.place}, {stage.markers}"
+        for stage, code in codes.items()
+        if code not in (0, NOTHING_CHOSEN)
+    ]
+    if measured and not covered():
+        failed.append("the coverage")
+    for name in failed:
+        print(f"Failed: {name}.")
     return 1 if failed else 0
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
-from django.test import Client
+from django.test import Client, TransactionTestCase
 
 from kms_hasher import breaker, keyring
 from kms_hasher.audit import recorder
@@ -22,7 +22,7 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("tests")
 
-# `tests.__main__` says so where it is left out.
+# `python -m tests --all` refuses to run without it.
 collect_ignore = [] if browser.find() else ["test_browser.py"]
 
 if TYPE_CHECKING:
@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 # --- tiers, see CONTRIBUTING.md ----------------------------------------------
 
 #: Fixtures of a test that uses the database without being marked so.
-DATABASE = {"db", "transactional_db"}
+DATABASE = {"db", "django_db_setup", "transactional_db"}
 
 #: What a test outside the system tier must not do, by Python's names of audit events.
-BARRED = {"os.fork", "os.posix_spawn", "socket.bind", "socket.connect", "subprocess.Popen"}
+BARRED = {
+    *("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.system"),
+    *("pty.spawn", "socket.bind", "socket.connect", "subprocess.Popen"),
+}
 
-#: The test outside the system tier that runs now.
-_guarded = ""
+#: What the running test has done of it, None while it may do all.
+_caught: list[str] | None = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,24 +50,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("everywhere"):
             item.add_marker("system")
         if not item.get_closest_marker("system"):
-            uses = DATABASE & set(getattr(item, "fixturenames", ()))
-            database = uses or item.get_closest_marker("django_db")
-            item.add_marker("database" if database else "fast")
+            item.add_marker("database" if _uses_database(item) else "fast")
+
+
+def _uses_database(item: pytest.Item) -> bool:
+    case = getattr(item, "cls", None)
+    return bool(
+        item.get_closest_marker("django_db")
+        or DATABASE & set(getattr(item, "fixturenames", ()))
+        or (isinstance(case, type) and issubclass(case, TransactionTestCase))
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _caught
+    _caught = None if item.get_closest_marker("system") else []
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    global _guarded
-    _guarded = "" if item.get_closest_marker("system") else item.nodeid
-    try:
-        return (yield)
-    finally:
-        _guarded = ""
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    global _caught
+    result = yield
+    caught, _caught = _caught, None
+    # Here as well: what the test calls may have taken the error for one of its own.
+    if caught:
+        pytest.fail(f"{', '.join(caught)}: mark the test `system` or `everywhere`.")
+    return result
 
 
 def _guard(event: str, arguments: object) -> None:
-    if _guarded and event in BARRED:
-        raise RuntimeError(f"{event} in {_guarded}: mark the test `system` or `everywhere`.")
+    if _caught is not None and event in BARRED:
+        _caught.append(event)
+        raise RuntimeError(f"{event}: mark the test `system` or `everywhere`.")
 
 
 sys.addaudithook(_guard)

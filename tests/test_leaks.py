@@ -45,7 +45,7 @@ from kms_hasher.models import AuditEvent
 from kms_hasher.providers.base import Provider
 from tests.kms_double import BROKEN, PAGES, SPOILT, KMSDouble
 
-pytestmark = [pytest.mark.system, pytest.mark.django_db, pytest.mark.urls(__name__)]
+pytestmark = [pytest.mark.everywhere, pytest.mark.django_db, pytest.mark.urls(__name__)]
 
 PASSWORD = "correct-Horse7battery"
 LOCMEM = "django.core.mail.backends.locmem.EmailBackend"

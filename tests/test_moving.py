@@ -1128,7 +1128,6 @@ def test_widening_waits_for_no_long_transaction_and_leaves_nothing(
     enter: Enter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter("direct")
-    monkeypatch.setattr(widen_password_column, "LOCK_TIMEOUT", "50ms")
     before = set(connection.introspection.table_names())
     if connection.vendor == "postgresql":
         other = connection.copy()
@@ -1136,7 +1135,9 @@ def test_widening_waits_for_no_long_transaction_and_leaves_nothing(
             with other.cursor() as cursor:
                 cursor.execute("BEGIN")
                 cursor.execute("SELECT count(*) FROM auth_user")
-                _, err = call("widen_password_column", status=1)
+                with monkeypatch.context() as patch:
+                    patch.setattr(widen_password_column, "LOCK_TIMEOUT", "50ms")
+                    _, err = call("widen_password_column", status=1)
         finally:
             other.close()
         assert "could not be altered (OperationalError), and is as it was" in err

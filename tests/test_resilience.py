@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -54,10 +55,12 @@ LONG = 30.0
 OPTIONS: dict[str, Any] = {
     "region": REGION,
     "attempts": 3,
-    "connect_timeout": 0.4,
-    "read_timeout": 0.4,
+    "connect_timeout": LONG,
+    "read_timeout": LONG,
     "role_session_name": "resilience",
 }
+#: Where KMS does not answer: on a busy machine others would take a pause for an outage.
+HURRIED = {**OPTIONS, "connect_timeout": 0.4, "read_timeout": 0.4}
 
 # Other tests' threads hold nothing that the children below need.
 forks = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -488,11 +491,9 @@ class TestBreaker:
         assert check_password(PASSWORD, str(stored))
         assert (len(computed), decrypt.count) == (1, 1)
         trip(decrypt, stored)
-        begun = time.perf_counter()
         for _ in range(10):
             with pytest.raises(exceptions.KMSCircuitOpen):
                 check_password(PASSWORD, str(stored))
-        assert (time.perf_counter() - begun) / 10 < 0.05
         assert (len(computed), decrypt.count) == (1, 0)
 
 
@@ -1229,6 +1230,9 @@ class TestFaults:
     @pytest.mark.parametrize("name", FAULTS)
     def test_fault(self, site: Site, events: list[Event], name: str, operation: str) -> None:
         positions: tuple[str, ...] = ("first", "middle", "last", "every")
+        if name == "hang":
+            site.settings.KMS_HASHER = {**site.settings.KMS_HASHER, "OPTIONS": HURRIED}
+            backends.prewarm()
         if name == "hang" and not FULL:  # each of them takes its time
             plain = operation in ("make_password", "check_password")
             positions = ("first", "every") if plain else ("last",)
@@ -1448,7 +1452,20 @@ def test_workers_forked_from_a_busy_process_get_their_own_answers(site: Site) ->
 class Phoenix(KMSDouble):
     """A double that can be gone for a while: its port refuses, and answers again later."""
 
+    def stop(self) -> None:
+        port = self._server.server_address
+        super().stop()
+        # Nobody listens, and no client of another test is given the port meanwhile.
+        self._kept = socket.socket()
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind(port)
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self._kept.close()
+
     def restart(self) -> None:
+        self._kept.close()
         port = self._server.server_address[1]
         self._server = kms_double._Server.__new__(kms_double._Server)
         ThreadingHTTPServer.__init__(
@@ -1542,7 +1559,7 @@ def test_an_outage_under_load_and_the_recovery(
     double = Phoenix()
     monkeypatch.setenv("AWS_ENDPOINT_URL_KMS", double.url)
     with double:
-        site = Site(double, settings)
+        site = Site(double, settings, OPTIONS=HURRIED if fault == "hang" else OPTIONS)
         with Load(site.stored) as load:
             load.wait_for(100)
             assert set(load.results(0)) == {"as it should"}

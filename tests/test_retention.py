@@ -279,7 +279,7 @@ def test_what_is_pruned_while_it_is_sealed_is_in_no_seal(
             pruning[0].set_result(sum(steps))
         else:
             pruning.append(in_thread(lambda: sum(steps)))
-            wait(pruning, timeout=1)
+            wait(pruning, timeout=1 if force else 30)  # with `force` it waits for the sealer
         return anchored
 
     monkeypatch.setattr(anchors, "of_seal", slow)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -108,15 +109,22 @@ def environment(double: KMSDouble, tmp_path_factory: pytest.TempPathFactory) -> 
     return environment
 
 
+def free_port() -> int:
+    """Return a port that no client is given meanwhile: Linux gives them those from 32768 on."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @pytest.fixture
 def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Start]:
     """Start a server: `start("gunicorn", "--bind={address}", ...)`."""
     started: list[Server] = []
 
     def run(*command: str, **more: str) -> Server:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         log = tmp_path / "log"
         with log.open("wb") as out:
             process = subprocess.Popen(

@@ -57,7 +57,7 @@ MESSAGES = Path("locale", "de", "LC_MESSAGES")
 
 mailed = test_alarms.mailed
 
-# `tests.__main__` says so where it is left out.
+# `python -m tests --all` refuses to run without it.
 needs_gettext = pytest.mark.skipif(not translating.find(), reason="GNU gettext is not there")
 
 

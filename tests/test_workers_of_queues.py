@@ -402,7 +402,7 @@ def test_what_was_dropped_is_left_for_the_next(
     steps = rotate.rotate(plan.make(new_key=True), options)
     while next(steps).calls < 1:
         pass
-    # Of the calls that wait each has its turn a second after the other.
+    # The calls that wait begin a second apart.
     RotationRun.objects.update(state="paused")
     while not (progress := next(steps)).paused:
         pass
