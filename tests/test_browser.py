@@ -37,7 +37,7 @@ def strict_policy(
     return middleware
 
 
-@pytest.mark.system
+@pytest.mark.everywhere
 @pytest.mark.django_db(transaction=True)
 def test_pages_in_a_browser(
     live_server: Any, client: Client, django_user_model: type[User], settings: Any

@@ -62,7 +62,7 @@ from kms_hasher.providers.aws_errors import EXCEPTIONS, MISCONFIGURED, Answer, t
 from kms_hasher.testing.contract import ProviderContract, StrictProviderContract
 from tests.kms_double import ACCOUNT, OTHER_KEY, REGION, SPOILT, KMSDouble
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.everywhere
 
 PLAINTEXT = b"the digest that must not leak!!!"
 CONTEXT = {"app": "tests"}

@@ -26,7 +26,7 @@ import pytest
 
 from tests.kms_double import REGION, KMSDouble
 
-pytestmark = pytest.mark.system
+pytestmark = pytest.mark.everywhere
 
 ROOT = Path(__file__).resolve().parent.parent
 USERS = 4
