@@ -65,7 +65,7 @@ MEASURED = [
 ALL = [
     *MEASURED,
     Stage(servers.POSTGRESQL, "not fast", 7),
-    Stage(servers.MARIADB, "database or everywhere", 4),
+    Stage(servers.MARIADB, "database or everywhere", 5),
 ]
 NIGHTLY = [
     *MEASURED,
@@ -154,7 +154,7 @@ def main() -> int:
     failed = [
         f"{stage.place}, {stage.markers}"
         for stage, code in codes.items()
-        if code not in (0, NOTHING_CHOSEN)
+        if code != 0 and not (arguments and code == NOTHING_CHOSEN)
     ]
     if measured and not covered():
         failed.append("the coverage")

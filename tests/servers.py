@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 SQLITE = "sqlite://:memory:"
 
-#: URL by name, or the variable that says another.
+# Their URLs; each variable names another.
 POSTGRESQL = os.environ.get(
     "KMS_HASHER_POSTGRESQL_URL", "postgres://postgres@127.0.0.1:5432/kms_hasher"
 )
